@@ -1,0 +1,1 @@
+"""Choice of implementation and the checks that every operation shares (private)."""

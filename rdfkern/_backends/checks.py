@@ -1,0 +1,102 @@
+"""Argument checks that several operations share; each error names the argument and its value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(tensors: dict[str, Tensor]) -> None:
+    """All tensors are floating point, of one dtype and on one device.
+
+    Raises:
+        TypeError: an argument is no tensor, not floating point, or of another dtype.
+        ValueError: the arguments are on different devices.
+    """
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATING:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}"
+            )
+        check_device(name, tensor, first_name, first)
+
+
+def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    """`tensor` is on the device of `first`; raises ValueError otherwise."""
+    if tensor.device != first.device:
+        raise ValueError(
+            f"{name} must be on the device of {first_name} ({first.device}), got {tensor.device}"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], spelled: str) -> None:
+    """`tensor` has the expected shape (None: any size); raises ValueError otherwise."""
+    fits = tensor.dim() == len(expected) and all(
+        want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        numbers = ", ".join("*" if size is None else str(size) for size in expected)
+        raise ValueError(
+            f"{name} must have shape {spelled} = ({numbers}), got {tuple(tensor.shape)}"
+        )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
+    """`cu_seqlens` is (B+1,), integer, starts at 0, never decreases and ends at `total`.
+
+    On an accelerator the values are asserted on the device, so that no host sync is needed.
+
+    Raises:
+        TypeError: not an int32 or int64 tensor.
+        ValueError: wrong shape or, on the CPU, wrong values.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"{name} must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    if cu_seqlens.device.type == "meta":
+        return
+    steps = cu_seqlens.diff()
+    if cu_seqlens.device.type != "cpu":
+        fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (steps >= 0).all()
+        torch._assert_async(fits, f"{name} must start at 0, never decrease and end at {total}")
+        return
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}")
+    if (steps < 0).any():
+        at = int((steps < 0).nonzero()[0, 0])
+        before, after = cu_seqlens[at : at + 2].tolist()
+        raise ValueError(f"{name} must not decrease, got {before} then {after} at index {at}")
+    if cu_seqlens[-1] != total:
+        raise ValueError(
+            f"{name} must end at the number of packed rows ({total}), got {int(cu_seqlens[-1])}"
+        )
+
+
+def check_integers_in(name: str, values: Tensor, upper: int, what: str) -> None:
+    """`values` are integers in [0, upper); raises TypeError or ValueError with the first bad one."""
+    if values.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+        raise TypeError(f"{name} must have an integer dtype, got {values.dtype}")
+    if torch.compiler.is_compiling() or values.device.type == "meta":
+        return
+    bad = (values < 0) | (values >= upper)
+    if values.device.type != "cpu":
+        torch._assert_async(~bad.any(), f"{name} must be in [0, {upper}), the {what}")
+        return
+    if bad.any():
+        flat = values.flatten()
+        at = int(bad.flatten().nonzero()[0, 0])
+        raise ValueError(
+            f"{name} must be in [0, {upper}), the {what}; got {int(flat[at])} at flat index {at}"
+        )

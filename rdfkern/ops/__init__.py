@@ -1,0 +1,1 @@
+"""One folder per operation: api, reference (the meaning), and its implementations."""
