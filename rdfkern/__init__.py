@@ -8,3 +8,9 @@ from ._backends.dispatch import (
 )
 
 __version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailableError",
+    "available_backends",
+    "explain",
+    "use_backend",
+]

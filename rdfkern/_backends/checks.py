@@ -85,7 +85,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
 
 
 def check_integers_in(name: str, values: Tensor, upper: int, what: str) -> None:
-    """`values` are integers in [0, upper); raises TypeError or ValueError with the first bad one."""
+    """`values` are integers in [0, upper); raises TypeError or ValueError naming a bad one."""
     if values.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
         raise TypeError(f"{name} must have an integer dtype, got {values.dtype}")
     if torch.compiler.is_compiling() or values.device.type == "meta":
