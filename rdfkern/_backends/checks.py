@@ -100,3 +100,48 @@ def check_integers_in(name: str, values: Tensor, upper: int, what: str) -> None:
         raise ValueError(
             f"{name} must be in [0, {upper}), the {what}; got {int(flat[at])} at flat index {at}"
         )
+
+
+def check_window(window: tuple[int, int] | None) -> tuple[int, int] | None:
+    """`window` is None or two integers of at least -1; returns it as a tuple.
+
+    Raises:
+        TypeError: not a pair of integers.
+        ValueError: a side below -1.
+    """
+    if window is None:
+        return None
+    pair = tuple(window) if isinstance(window, tuple | list) else ()
+    if len(pair) != 2 or not all(type(side) is int for side in pair):
+        raise TypeError(f"window must be None or (left, right), two integers, got {window!r}")
+    if min(pair) < -1:
+        raise ValueError(f"window must have sides of at least -1 (unlimited), got {pair}")
+    return pair
+
+
+def check_max_seqlen(name: str, max_seqlen: int | None, cu_name: str, cu_seqlens: Tensor) -> None:
+    """`max_seqlen` is an integer no smaller than the longest sequence of `cu_seqlens`.
+
+    On an accelerator the length is asserted on the device, so that no host sync is needed.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: negative or, on the CPU, shorter than the longest sequence.
+    """
+    if not isinstance(max_seqlen, int) or isinstance(max_seqlen, bool):
+        raise TypeError(f"{name} must be an integer when {cu_name} is given, got {max_seqlen!r}")
+    if max_seqlen < 0:
+        raise ValueError(f"{name} must not be negative, got {max_seqlen}")
+    if torch.compiler.is_compiling() or cu_seqlens.device.type == "meta":
+        return
+    lengths = cu_seqlens.diff()
+    if lengths.numel() == 0:
+        return
+    if cu_seqlens.device.type != "cpu":
+        fits = (lengths <= max_seqlen).all()
+        torch._assert_async(fits, f"{name} must be at least the longest sequence of {cu_name}")
+    elif (longest := int(lengths.max())) > max_seqlen:
+        raise ValueError(
+            f"{name} must be at least the longest sequence of {cu_name} ({longest}), "
+            f"got {max_seqlen}"
+        )
