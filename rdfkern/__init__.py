@@ -1,5 +1,7 @@
 """Differential attention, relation message passing and attention diffusion for PyTorch."""
 
+import os
+
 from ._backends.dispatch import (
     BackendUnavailableError,
     available_backends,
@@ -8,6 +10,13 @@ from ._backends.dispatch import (
 )
 
 __version__ = "0.1.0"
+
+# In a checkout, models/ and csrc/ stand beside this folder instead of in it. Python started in the
+# checkout's root finds this folder before the installed package, so that they would be missing.
+_checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_checkout, "models", "network.py")):
+    __path__.append(_checkout)
+
 __all__ = [
     "BackendUnavailableError",
     "available_backends",
