@@ -8,6 +8,7 @@ from ._backends.dispatch import (
     explain,
     use_backend,
 )
+from .ops.diffusion.api import diffusion_attention
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ if os.path.isfile(os.path.join(_checkout, "models", "network.py")):
 __all__ = [
     "BackendUnavailableError",
     "available_backends",
+    "diffusion_attention",
     "explain",
     "use_backend",
 ]

@@ -1,0 +1,5 @@
+"""Modules around the operations."""
+
+from .diffusion import TextGuidedDiffusion
+
+__all__ = ["TextGuidedDiffusion"]
