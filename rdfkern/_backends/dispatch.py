@@ -27,7 +27,7 @@ CHOICES = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 
 logger = logging.getLogger("rdfkern")
 _requested: ContextVar[str] = ContextVar("rdfkern_backend", default="auto")
-_imported: dict[str, Callable[..., Any]] = {}
+_imported: dict[tuple[str, str], Callable[..., Any]] = {}
 _logged: set[tuple[str, str, str]] = set()
 
 Arguments = Mapping[str, Any]
@@ -89,7 +89,7 @@ class Operation:
         """Select an implementation, import it if this is its first call, and call it."""
         module = self.implementations[self.select(arguments, impl)].module
         _import(module, self.name)
-        return _imported[module](**arguments)
+        return _imported[module, self.name](**arguments)
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -162,8 +162,9 @@ def explain(op: str, *inputs: Any, **options: Any) -> str:
 @torch.compiler.assume_constant_result
 def _import(module: str, function: str) -> None:
     # Compiled code may not call import_module, nor take a function from here: it finds it by name.
-    if module not in _imported:
-        _imported[module] = getattr(importlib.import_module(module, package="rdfkern"), function)
+    if (module, function) not in _imported:
+        imported = importlib.import_module(module, package="rdfkern")
+        _imported[module, function] = getattr(imported, function)
 
 
 @torch.compiler.assume_constant_result
