@@ -8,6 +8,11 @@ from ._backends.dispatch import (
     explain,
     use_backend,
 )
+from .ops.diff_attention.api import (
+    diff_attention,
+    diff_attention_varlen,
+    temporal_diff_attention,
+)
 from .ops.diffusion.api import diffusion_attention
 
 __version__ = "0.1.0"
@@ -21,7 +26,10 @@ if os.path.isfile(os.path.join(_checkout, "models", "network.py")):
 __all__ = [
     "BackendUnavailableError",
     "available_backends",
+    "diff_attention",
+    "diff_attention_varlen",
     "diffusion_attention",
     "explain",
+    "temporal_diff_attention",
     "use_backend",
 ]
