@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from rdfkern.models import NetworkConfig, build_network
 from rdfkern.models.data import Dialogue, collate
 from rdfkern.models.encoders import Denoiser, sinusoidal_positions
+from rdfkern.models.fusion import TextGuidedFusion
 from rdfkern.models.network import ReDiFu
 
 DIMS = {"audio": 5, "text": 7, "visual": 3}
@@ -192,6 +193,37 @@ def test_relations_reach_as_far_as_the_window(past, future):
     (grad,) = torch.autograd.grad(outputs.per_modality["audio"][6].square().sum(), text)
     reached = grad.abs().sum(dim=1) > 1e-12
     assert reached.nonzero().flatten().tolist() == list(range(6 - 2 * past, 7 + 2 * future))
+
+
+@pytest.mark.parametrize("fusion, reached", [("gate", [4]), ("diffusion", list(range(7)))])
+def test_only_diffusion_carries_other_utterances_into_the_fused_stream(fusion, reached):
+    config = replace(SMALL, fusion=fusion, denoise="none", relations="off")
+    network = network_of(config).double()
+    batch = batch_of(dialogues_of([7, 3]))
+    audio = batch.features["audio"].double().requires_grad_()
+    outputs = network(replace(batch, features={**batch.features, "audio": audio}))
+    (grad,) = torch.autograd.grad(outputs.fused[4].square().sum(), audio)
+    assert (grad.abs().sum(dim=1) > 1e-12).nonzero().flatten().tolist() == reached
+
+
+def test_fusion_is_its_formula():
+    torch.manual_seed(0)
+    fusion = TextGuidedFusion(8, 2, 2, steps=3, restart=0.25, dropout=0.5).double().eval()
+    text, audio, visual = torch.randn(3, 5, 8).double()
+    restart = fusion.project(torch.cat([audio, visual], dim=1))
+    q, k = fusion.diffusion.q_proj(text), fusion.diffusion.k_proj(text)
+    diffused = []
+    for columns in (slice(0, 4), slice(4, 8)):
+        walk = torch.softmax(q[:, columns] @ k[:, columns].T / 2, dim=1)
+        z = restart[:, columns]
+        for _ in range(3):
+            z = 0.75 * walk @ z + 0.25 * restart[:, columns]
+        diffused.append(z)
+    z = fusion.diffusion.out_proj(torch.cat(diffused, dim=1))
+    gate = torch.sigmoid(fusion.gate(torch.cat([text, z], dim=1)))
+    expected = fusion.norm(text + fusion.mlp(gate * text + (1 - gate) * z))
+    actual = fusion(text, [audio, visual], torch.tensor([0, 5]), 5)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_standardised_inputs():
