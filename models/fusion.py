@@ -11,15 +11,16 @@ from ..nn import TextGuidedDiffusion
 class TextGuidedFusion(nn.Module):
     """The other modalities, diffused along the text's self-attention, enter the text stream.
 
-    z = diffusion(text, W_v [others]) with queries and keys from text, g = sigmoid(W_g [text ; z]),
-    and the fused stream is LN(text + MLP(g ⊙ text + (1 - g) ⊙ z)). The concatenated modalities are
-    projected to D before they are diffused, which costs less than after and spans the same maps.
+    z_0 = W_v [others], z = z_0 + diffusion(text, z_0) with queries and keys from text,
+    g = sigmoid(W_g [text ; z]), and the fused stream is LN(text + MLP(g ⊙ text + (1 - g) ⊙ z)). The
+    concatenated modalities are projected to D before they are diffused, which costs less than
+    after and spans the same maps.
 
     Args:
         width: D.
         heads: attention heads of the text; must divide D.
         others: modalities besides text, at least 1.
-        steps: diffusion steps K; None leaves the diffusion out: z = W_v [others].
+        steps: diffusion steps K; None leaves the diffusion out: z = z_0.
         restart: restart probability of the diffusion.
         dropout: probability.
     """
@@ -54,7 +55,7 @@ class TextGuidedFusion(nn.Module):
         """Text (T, D) and the other streams, (T, D) each, to the fused stream (T, D)."""
         z = self.project(torch.cat(others, dim=1))
         if self.diffusion is not None:
-            z = self.diffusion(text, z, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            z = z + self.diffusion(text, z, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         gate = torch.sigmoid(self.gate(torch.cat([text, z.to(text.dtype)], dim=1)))
         mixed = z + gate * (text - z)
         return self.norm(text + self.mlp(mixed))

@@ -181,7 +181,8 @@ def build_network(
 ) -> nn.Module:
     """The network of a configuration: `ReDiFu`, or the released one for a `released-*` preset.
 
-    Args: as `ReDiFu`.
+    Args: as `ReDiFu`. The released network numbers speakers inside a dialogue, up to the count it
+        was released with, so `num_speakers` has no effect on it.
 
     Raises:
         ValueError: a released preset with other settings than the defaults, or as `ReDiFu`.
@@ -201,7 +202,7 @@ def build_network(
     from .released import ReleasedReDiFu
 
     variant = config.preset.removeprefix("released-")
-    return ReleasedReDiFu(variant, dims, num_classes, num_speakers)
+    return ReleasedReDiFu(variant, dims, num_classes)
 
 
 def _check_arguments(dims: Mapping[str, int], num_classes: int, num_speakers: int) -> None:

@@ -52,6 +52,7 @@ class ReleasedVariant:
         head_residual: the heads see the fused features plus those before the fusion.
         head_slope: slope below zero of the activation in the heads.
         modality_weights: factors of the text, audio and visual logits in the final ones.
+        num_speakers: speakers that a dialogue can have.
     """
 
     width: int
@@ -65,6 +66,7 @@ class ReleasedVariant:
     head_residual: bool
     head_slope: float
     modality_weights: tuple[float, float, float]
+    num_speakers: int
 
 
 VARIANTS = {
@@ -80,6 +82,7 @@ VARIANTS = {
         head_residual=True,
         head_slope=0.01,
         modality_weights=(1.0, 1.0, 0.4),
+        num_speakers=2,
     ),
     "meld": ReleasedVariant(
         width=256,
@@ -93,6 +96,7 @@ VARIANTS = {
         head_residual=False,
         head_slope=0.0,
         modality_weights=(3.0, 1.0, 0.3),
+        num_speakers=9,
     ),
 }
 
@@ -104,10 +108,10 @@ class ReleasedReDiFu(nn.Module):
         variant: `iemocap` or `meld`.
         dims: width of the `text`, `audio` and `visual` features; all three and no others.
         num_classes: emotions C.
-        num_speakers: speakers S that a dialogue can have (2 and 9 as released). The embedding has
-            one more row, S, for padding.
-        dropout: None for the released value.
-        width, heads, fusion_heads, window: None for the released value.
+        num_speakers: speakers S that a dialogue can have. The embedding has one more row, S, for
+            padding.
+        dropout, width, heads, fusion_heads, window: as `ReleasedVariant`. Each of these and
+            `num_speakers` is None for the released value.
 
     Raises:
         ValueError: an argument is not as above, or heads do not divide the width.
@@ -118,7 +122,7 @@ class ReleasedReDiFu(nn.Module):
         variant: str,
         dims: Mapping[str, int],
         num_classes: int,
-        num_speakers: int,
+        num_speakers: int | None = None,
         dropout: float | None = None,
         *,
         width: int | None = None,
@@ -131,11 +135,8 @@ class ReleasedReDiFu(nn.Module):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if set(dims) != set(MODALITIES):
             raise ValueError(f"dims must name exactly {MODALITIES}, got {tuple(dims)}")
-        counts = {"num_classes": num_classes, "num_speakers": num_speakers}
-        for name, count in (counts | {f"dims[{m!r}]": dims[m] for m in MODALITIES}).items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
         given = {
+            "num_speakers": num_speakers,
             "dropout": dropout,
             "width": width,
             "heads": heads,
@@ -144,6 +145,11 @@ class ReleasedReDiFu(nn.Module):
         }
         changes = {name: value for name, value in given.items() if value is not None}
         self.variant = _checked(replace(VARIANTS[variant], **changes))
+        num_speakers = self.variant.num_speakers
+        counts = {"num_classes": num_classes, "num_speakers": num_speakers}
+        for name, count in (counts | {f"dims[{m!r}]": dims[m] for m in MODALITIES}).items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         self.dims = {name: dims[name] for name in MODALITIES}
         self.num_speakers = num_speakers
         width, dropout = self.variant.width, self.variant.dropout

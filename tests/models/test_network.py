@@ -219,7 +219,7 @@ def test_fusion_is_its_formula():
         for _ in range(3):
             z = 0.75 * walk @ z + 0.25 * restart[:, columns]
         diffused.append(z)
-    z = fusion.diffusion.out_proj(torch.cat(diffused, dim=1))
+    z = restart + fusion.diffusion.out_proj(torch.cat(diffused, dim=1))
     gate = torch.sigmoid(fusion.gate(torch.cat([text, z], dim=1)))
     expected = fusion.norm(text + fusion.mlp(gate * text + (1 - gate) * z))
     actual = fusion(text, [audio, visual], torch.tensor([0, 5]), 5)
@@ -425,3 +425,10 @@ def test_a_released_preset_takes_no_other_setting():
     config = NetworkConfig(preset="released-meld", width=64, steps=2)
     with pytest.raises(ValueError, match="released-meld.*width, steps must keep the default"):
         build_network(config, {"text": 3, "audio": 3, "visual": 3}, 7, 9)
+
+
+@pytest.mark.parametrize("variant, speakers", [("iemocap", 2), ("meld", 9)])
+def test_a_released_preset_has_the_released_number_of_speakers(variant, speakers):
+    config = NetworkConfig(preset=f"released-{variant}")
+    network = build_network(config, {"text": 3, "audio": 3, "visual": 3}, 7, 40)
+    assert network.speaker_embedding.num_embeddings == speakers + 1
