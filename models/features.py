@@ -94,7 +94,7 @@ def hashed_ngrams(
 
     Args:
         texts: split to texts; those of `train`, at least one, are fitted on.
-        dim: columns wanted; there are at most one less than training texts, and at least one.
+        dim: columns wanted; fewer if the training texts or their n-grams are fewer, at least one.
         seed: of the randomised SVD.
 
     Returns:
@@ -106,7 +106,11 @@ def hashed_ngrams(
         _tf_idf(plain, analyzer="char_wb", ngram_range=(3, 5)),
     ]
     sparse = {split: hstack([part[split] for part in parts], format="csr") for split in plain}
-    columns = max(1, min(dim, len(plain["train"]) - 1))
+    # Columns that no training text uses have no weight in the decomposition and cost its time;
+    # two are kept in any case because it takes no fewer.
+    used = np.union1d(np.flatnonzero(sparse["train"].getnnz(axis=0)), [0, 1])
+    sparse = {split: matrix[:, used] for split, matrix in sparse.items()}
+    columns = max(1, min(dim, len(plain["train"]) - 1, used.size))
     decomposition = TruncatedSVD(columns, random_state=seed)
     # Texts that are all empty have no variance to take shares of.
     with np.errstate(invalid="ignore"):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .data import SPLITS, DataError
-from .sources import RawCorpus, RawDialogue, Utterance, drop_odd_times, finite_number
+from .sources import RawCorpus, RawDialogue, Utterance, drop_odd_times
 
 MRDA_LABELS = {
     "da_basic": ("S", "B", "D", "F", "Q"),
@@ -111,10 +112,17 @@ def _utterance(
         raise DataError(f"{where}: {label_field} is {label!r}, expected {expected}")
     times = [item.get(key) for key in ("start", "end")]
     for key, value in zip(("start", "end"), times, strict=True):
-        if value is not None and not (finite_number(value) and value >= 0):
+        if value is not None and not _is_time(value):
             raise DataError(f"{where}: {key} is {value!r}, expected seconds from 0 on, or null")
     start, end, odd = drop_odd_times(*times)
     return Utterance(speaker, text or "", label, start, end), odd
+
+
+def _is_time(value: Any) -> bool:
+    """Whether this is a number of seconds; whole numbers may be larger than any float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value <= sys.float_info.max
 
 
 def _string(record: dict[str, Any], key: str, where: str) -> str:

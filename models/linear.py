@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .data import UNLABELLED, Corpus, DataError, Dialogue
 
-STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class LinearResult(NamedTuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import csv
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -300,8 +299,3 @@ def missing_times(corpus: RawCorpus) -> int:
         for dialogue in corpus.dialogues
         for utterance in dialogue.utterances
     )
-
-
-def finite_number(value: object) -> bool:
-    """Whether this is an int or float (not a bool) that is finite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,8 +8,9 @@ from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
-from rdfkern.models.community import load_restricted, read_community
+from rdfkern.models.community import read_community
 from rdfkern.models.data import DataError
+from rdfkern.models.safe_pickle import load_restricted
 
 DIMS = {"text": 6, "audio": 3, "visual": 2}
 POSITIONS = {"speakers": 1, "labels": 2, "text": 3, "audio": 7, "visual": 8}

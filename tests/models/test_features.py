@@ -90,7 +90,7 @@ def test_hashing_on_tiny_corpora():
     assert build_corpus(replace(raw, dialogues=(one,))).dims == {"text": 1}
     silent = RawDialogue("silent", "train", tuple(utterance("") for _ in range(4)))
     features = build_corpus(replace(raw, dialogues=(silent,))).splits["train"][0].features["text"]
-    np.testing.assert_array_equal(features, np.zeros((4, 3)))
+    np.testing.assert_array_equal(features, np.zeros((4, 2)))
 
 
 def test_no_training_dialogues():

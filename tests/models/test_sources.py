@@ -243,6 +243,7 @@ def test_jsonl_own_label_field_and_missing_values(tmp_path):
         (meeting(dialogue="n", utterance={"end": float("nan")}), "utterance 0: end is nan"),
         (meeting(dialogue="n", utterance={"end": True}), "utterance 0: end is True"),
         (meeting(dialogue="n", utterance={"start": -1}), "utterance 0: start is -1"),
+        (meeting(dialogue="n", utterance={"end": 10**400}), "utterance 0: end is 1000"),
     ],
 )
 def test_damaged_jsonl(tmp_path, record, message):
