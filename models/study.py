@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -100,8 +101,10 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
         `max`, `deviation` and `differences` to the full network with the same seed.
 
     Raises:
-        ValueError: settings, data or the folder do not fit.
+        ValueError: settings, data or the folder do not fit, or torchrun started the study.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a study runs in one process; use torchrun with rdfkern.models.train")
     corpus = load_data(config)
     scores: dict[str, dict[int, float]] = {variant: {} for variant in config.variants}
     for seed in config.seeds:

@@ -97,3 +97,9 @@ def test_study_command(tiny_arguments, tmp_path, capsys):
 def test_settings_that_are_not_allowed_are_named(changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         StudyConfig(**changes)
+
+
+def test_a_study_under_torchrun_is_refused(tiny_study, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process"):
+        run_study(tiny_study())
