@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rdfkern.models import linear
 from rdfkern.models.data import UNLABELLED, Corpus, DataError, Dialogue
 from rdfkern.models.features import build_corpus, timing_features
 from rdfkern.models.linear import linear_baseline
@@ -211,6 +212,18 @@ def test_linear_baseline():
     alone = linear_baseline(corpus.select(["text"]))
     assert np.mean(both.predictions == truth) > np.mean(alone.predictions == truth)
     np.testing.assert_array_equal(linear_baseline(corpus).predictions, both.predictions)
+
+
+def test_linear_strength_is_picked_on_validation(monkeypatch):
+    corpus, _ = linear_corpus(2.0)
+    picked = linear_baseline(corpus)
+    single = {}
+    for strength in linear.STRENGTHS:
+        monkeypatch.setattr(linear, "STRENGTHS", (strength,))
+        single[strength] = linear_baseline(corpus)
+    scores = {strength: result.validation_f1 for strength, result in single.items()}
+    assert min(scores.values()) < max(scores.values()) == picked.validation_f1
+    np.testing.assert_array_equal(picked.predictions, single[picked.strength].predictions)
 
 
 def test_linear_baseline_needs_labels():
