@@ -27,6 +27,7 @@ def test_variants_change_one_part(tiny_study):
     assert full.seed == 3 and full.folder == config.out / "full-seed3"
     expected = {
         "no-differential": ("denoise", "plain"),
+        "no-denoising": ("denoise", "none"),
         "no-relations": ("relations", "off"),
         "no-diffusion": ("fusion", "gate"),
     }
