@@ -1,0 +1,357 @@
+// Gradients of differential attention in one pass: both maps share dP = dO vᵀ and dV. Queries run
+// outside, keys inside: dQ stays in the cache and dK, dV add up in memory that one task owns.
+#include <torch/csrc/stable/library.h>
+
+#include "diff_attention.h"
+
+namespace rdfkern {
+namespace {
+
+constexpr int64_t kKeys = 64;
+
+struct Saved {
+  Rows grad_out, o2, o;  // o is the output itself where there is no norm
+  const float* lse;
+  int64_t lse_map_stride, lse_batch_stride, lse_head_stride;
+};
+
+struct Gradients {
+  Rows q[2], k[2], v;
+  float *lam, *alpha;  // (batch, head, row), contiguous
+  int64_t row_batch_stride, row_head_stride;
+  float* norm_weight;  // (value_dim) or null
+};
+
+struct Task {
+  int64_t sequence, kv_head, chunk;
+  int64_t cost;
+};
+
+// What one panel of queries brings along: rows, transposed rows, and per-row constants.
+struct PanelRows {
+  float *queries_t[2], *grad_t;                 // [width][kPanelStride]
+  float *queries_natural[2], *grad_natural;     // [kPanel][width]
+  float* dq[2];                                 // [kPanel][head_width]
+  Block queries[2];
+  float lse[2][kPanel], delta[2][kPanel], alpha[kPanel], lam[kPanel];
+  float dalpha[kPanel], dlam[kPanel];
+};
+
+struct KeyBlock {
+  Block keys[2], values;
+  float *dk[2], *dv;
+  int64_t first, count;
+};
+
+class Backward {
+ public:
+  Backward(const Problem& problem, const Saved& saved, const Gradients& gradients, int64_t chunks)
+      : problem_(problem), saved_(saved), gradients_(gradients), chunks_(chunks) {
+    for (size_t s = 0; s < problem.sequences.size(); ++s) {
+      const Sequence& sequence = problem.sequences[s];
+      longest_ = std::max(longest_, sequence.keys);
+      for (int64_t head = 0; head < problem.kv_heads; ++head)
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          tasks_.push_back({int64_t(s), head, chunk, sequence.queries * (sequence.keys + 64)});
+    }
+    std::stable_sort(tasks_.begin(), tasks_.end(),
+                     [](const Task& a, const Task& b) { return a.cost > b.cost; });
+    if (gradients.norm_weight) norm_weight_partials_.assign(tasks_.size() * problem.value_dim, 0);
+  }
+
+  // With chunks > 1, phase p pairs key chunk c with query chunk c + p: in one phase no two tasks
+  // touch the same gradient, and the order of every sum is fixed.
+  void run() {
+    for (int64_t phase = 0; phase < chunks_; ++phase)
+      for_each_task(tasks_.size(), [&](auto next) {
+        for (int64_t task = next(); task >= 0; task = next()) run_task(task, phase);
+      });
+    if (!gradients_.norm_weight) return;
+    fill_zeros(gradients_.norm_weight, problem_.value_dim);
+    for (size_t i = 0; i < norm_weight_partials_.size(); ++i)
+      gradients_.norm_weight[i % problem_.value_dim] += norm_weight_partials_[i];
+  }
+
+ private:
+  static int64_t chunk_begin(int64_t length, int64_t chunk, int64_t chunks) {
+    const int64_t panels = (length + kPanel - 1) / kPanel;
+    return std::min(length, panels * chunk / chunks * kPanel);
+  }
+
+  bool in_place(const Rows& rows, int64_t size) const {
+    return rows.type == ScalarType::Float && padded(size) == size && rows.row_stride == size;
+  }
+
+  void run_task(int64_t index, int64_t phase) {
+    const Task& task = tasks_[index];
+    const Sequence& sequence = problem_.sequences[task.sequence];
+    const int64_t head_width = problem_.head_width, value_width = problem_.value_width;
+    const bool in_place_k = chunks_ > 1 || in_place(gradients_.k[0], problem_.head_dim);
+    const bool in_place_v = chunks_ > 1 || in_place(gradients_.v, problem_.value_dim);
+    const int64_t key_begin = chunk_begin(sequence.keys, task.chunk, chunks_);
+    const int64_t key_end = chunk_begin(sequence.keys, task.chunk + 1, chunks_);
+    const int64_t keys = key_end - key_begin;
+    Scratch scratch((4 * head_width + 2 * value_width) * kPanelStride +
+                    2 * kPanel * head_width + kKeys * (2 * head_width + value_width) +
+                    5 * kKeys * kPanelStride + 2 * value_width +
+                    longest_ * ((in_place_k ? 0 : 2 * head_width) + (in_place_v ? 0 : value_width)));
+    PanelRows rows;
+    for (int map = 0; map < 2; ++map) {
+      rows.queries_t[map] = scratch.take(head_width * kPanelStride);
+      rows.queries_natural[map] = scratch.take(kPanel * head_width);
+      rows.dq[map] = scratch.take(kPanel * head_width);
+    }
+    rows.grad_t = scratch.take(value_width * kPanelStride);
+    rows.grad_natural = scratch.take(kPanel * value_width);
+    float* key_rows[2] = {scratch.take(kKeys * head_width), scratch.take(kKeys * head_width)};
+    float* value_rows = scratch.take(kKeys * value_width);
+    float* tiles[5];
+    for (float*& tile : tiles) tile = scratch.take(kKeys * kPanelStride);
+    float* normed = scratch.take(2 * value_width);
+
+    const int64_t batch = sequence.batch, first_row = sequence.first_key + key_begin;
+    float *dk[2], *dv;
+    for (int map = 0; map < 2; ++map)
+      dk[map] = in_place_k ? gradients_.k[map].floats(batch, task.kv_head, first_row)
+                           : scratch.take(keys * head_width);
+    dv = in_place_v ? gradients_.v.floats(batch, task.kv_head, first_row)
+                    : scratch.take(keys * value_width);
+    if (phase == 0) {
+      for (int map = 0; map < 2; ++map) fill_zeros(dk[map], keys * head_width);
+      fill_zeros(dv, keys * value_width);
+    }
+
+    const int64_t query_chunk = (task.chunk + phase) % chunks_;
+    const int64_t query_begin = chunk_begin(sequence.queries, query_chunk, chunks_);
+    const int64_t query_end = chunk_begin(sequence.queries, query_chunk + 1, chunks_);
+    const int64_t group = problem_.heads / problem_.kv_heads;
+    float* norm_partial = phase == 0 && gradients_.norm_weight
+                              ? norm_weight_partials_.data() + index * problem_.value_dim
+                              : nullptr;
+    for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head)
+      for (int64_t first = query_begin; first < query_end; first += kPanel) {
+        const Panel panel{problem_, sequence, task.sequence, head, first,
+                          std::min(kPanel, query_end - first)};
+        prepare(panel, rows, normed, norm_partial);
+        const int64_t begin = std::max(panel.keys_begin(), key_begin);
+        const int64_t end = std::min(panel.keys_end(), key_end);
+        for (int64_t key = begin; key < end; key += kKeys) {
+          const int64_t count = std::min(kKeys, end - key);
+          auto read = [&](const Rows& source, int64_t size, float* target) {
+            return read_rows(source, batch, task.kv_head, sequence.first_key + key, count, size,
+                             target);
+          };
+          const KeyBlock block{
+              {read(problem_.k[0], problem_.head_dim, key_rows[0]),
+               read(problem_.k[1], problem_.head_dim, key_rows[1])},
+              read(problem_.v, problem_.value_dim, value_rows),
+              {dk[0] + (key - key_begin) * head_width, dk[1] + (key - key_begin) * head_width},
+              dv + (key - key_begin) * value_width, key, count};
+          add_block(panel, rows, block, tiles);
+        }
+        write_query_gradients(panel, rows, phase);
+      }
+
+    auto write = [&](const Rows& target, int64_t size, const float* source) {
+      for (int64_t j = 0; j < keys; ++j)
+        write_row(target.at(batch, task.kv_head, first_row + j), target.type, size,
+                  source + j * padded(size));
+    };
+    if (!in_place_k)
+      for (int map = 0; map < 2; ++map) write(gradients_.k[map], problem_.head_dim, dk[map]);
+    if (!in_place_v) write(gradients_.v, problem_.value_dim, dv);
+  }
+
+  // dO behind the norm, D1 = dO . (alpha O1) and D2 = dO . O2 of every row.
+  void prepare(const Panel& panel, PanelRows& rows, float* normed, float* norm_partial) const {
+    const int64_t value_width = problem_.value_width, batch = panel.sequence.batch;
+    float *o = normed, *o2 = normed + value_width;
+    for (int64_t i = 0; i < panel.count; ++i) {
+      const int64_t at = panel.row(i);
+      float* grad = rows.grad_natural + i * value_width;
+      auto read = [&](const Rows& source, float* target) {
+        read_row(source.at(batch, panel.head, at), source.type, problem_.value_dim, target);
+      };
+      read(saved_.grad_out, grad);
+      read(saved_.o2, o2);
+      read(saved_.o, o);
+      if (problem_.has_norm()) normalise(grad, o, norm_partial);
+      Vec first = {}, second = {};
+      for (int64_t d = 0; d < value_width; d += kLanes) {
+        first += load(grad + d) * load(o + d);
+        second += load(grad + d) * load(o2 + d);
+      }
+      rows.alpha[i] = panel.alpha(i);
+      rows.lam[i] = panel.lam(i);
+      rows.delta[1][i] = sum(second);
+      rows.delta[0][i] = sum(first) + rows.lam[i] * rows.delta[1][i];
+      for (int map = 0; map < 2; ++map) {
+        const float lse = saved_.lse[map * saved_.lse_map_stride + batch * saved_.lse_batch_stride +
+                                     panel.head * saved_.lse_head_stride + at];
+        // A dead row's +inf makes every one of its weights zero.
+        rows.lse[map][i] = lse == -kInfinity ? kInfinity : lse * kLog2e;
+      }
+    }
+    for (int64_t i = panel.count; i < panel.columns(); ++i) {
+      rows.alpha[i] = rows.lam[i] = rows.delta[0][i] = rows.delta[1][i] = 0.0f;
+      rows.lse[0][i] = rows.lse[1][i] = kInfinity;
+    }
+    fill_zeros(rows.dalpha, kPanel);
+    fill_zeros(rows.dlam, kPanel);
+    transpose_rows({rows.grad_natural, value_width}, panel.count, value_width, 1.0f, rows.grad_t,
+                   kPanelStride);
+    for (int map = 0; map < 2; ++map) {
+      fill_zeros(rows.dq[map], panel.count * problem_.head_width);
+      rows.queries[map] = panel.read_queries(map, rows.queries_natural[map], rows.queries_t[map]);
+    }
+  }
+
+  // grad of the normed row -> grad of the row o; the weight's share goes to norm_partial.
+  void normalise(float* grad, const float* o, float* norm_partial) const {
+    const int64_t value_dim = problem_.value_dim;
+    double squares = 0, overlap = 0;
+    for (int64_t d = 0; d < value_dim; ++d) squares += double(o[d]) * o[d];
+    const float inverse = 1.0f / std::sqrt(float(squares / value_dim + problem_.norm_eps));
+    for (int64_t d = 0; d < value_dim; ++d) {
+      const float scaled = problem_.out_scale * grad[d];
+      if (norm_partial) norm_partial[d] += scaled * o[d] * inverse;
+      grad[d] = problem_.norm_weight ? scaled * problem_.norm_weight[d] : scaled;
+      overlap += double(grad[d]) * o[d];
+    }
+    const float shared = inverse * inverse * float(overlap / value_dim);
+    for (int64_t d = 0; d < value_dim; ++d) grad[d] = inverse * (grad[d] - o[d] * shared);
+  }
+
+  void add_block(const Panel& panel, PanelRows& rows, const KeyBlock& block,
+                 float* const (&tiles)[5]) const {
+    const int64_t head_width = problem_.head_width, value_width = problem_.value_width;
+    for (int map = 0; map < 2; ++map)
+      panel.scores(rows.queries_t[map], block.keys[map], block.first, block.count, tiles[map]);
+    gemm<Order::kRows, Update::kOverwrite>(
+        block.count, panel.columns(), problem_.value_dim, block.values.data, block.values.stride,
+        rows.grad_t, kPanelStride, tiles[2], kPanelStride);
+    if (problem_.dropout.probability > 0) {
+      float* const factors[2] = {tiles[3], tiles[4]};
+      problem_.dropout.fill(panel.sequence_index * problem_.heads + panel.head, panel.first,
+                            panel.columns(), block.first, block.count, factors, kPanelStride);
+      differentiate<true>(panel, rows, block.count, tiles);
+    } else {
+      differentiate<false>(panel, rows, block.count, tiles);
+    }
+    gemm<Order::kRows, Update::kAdd>(block.count, value_width, panel.count, tiles[2], kPanelStride,
+                                     rows.grad_natural, value_width, block.dv, value_width);
+    for (int map = 0; map < 2; ++map) {
+      gemm<Order::kRows, Update::kAdd>(block.count, head_width, panel.count, tiles[map],
+                                       kPanelStride, rows.queries[map].data,
+                                       rows.queries[map].stride, block.dk[map], head_width);
+      gemm<Order::kColumns, Update::kAdd>(panel.count, head_width, block.count, tiles[map],
+                                          kPanelStride, block.keys[map].data,
+                                          block.keys[map].stride, rows.dq[map], head_width);
+    }
+  }
+
+  // tiles: scores 1, scores 2, dP (and dropout factors) -> scale * dS1, scale * dS2,
+  // alpha P1 - lam P2.
+  template <bool DROPOUT>
+  void differentiate(const Panel& panel, PanelRows& rows, int64_t keys,
+                     float* const (&tiles)[5]) const {
+    for (int64_t i = 0; i < panel.columns(); i += kLanes) {
+      const Vec lse1 = load(rows.lse[0] + i), lse2 = load(rows.lse[1] + i);
+      const Vec alpha = load(rows.alpha + i), lam = load(rows.lam + i);
+      const Vec scaled_alpha = alpha * problem_.scale, scaled_lam = lam * problem_.scale;
+      const Vec delta1 = load(rows.delta[0] + i) * problem_.scale;
+      const Vec delta2 = load(rows.delta[1] + i) * scaled_lam;
+      Vec dalpha = load(rows.dalpha + i), dlam = load(rows.dlam + i);
+      for (int64_t j = 0; j < keys; ++j) {
+        const int64_t at = j * kPanelStride + i;
+        const Vec p1 = exp2(load(tiles[0] + at) - lse1);
+        const Vec p2 = exp2(load(tiles[1] + at) - lse2);
+        const Vec grad = load(tiles[2] + at);
+        Vec grad1 = grad, grad2 = grad, kept1 = p1, kept2 = p2;
+        if constexpr (DROPOUT) {
+          const Vec factor1 = load(tiles[3] + at), factor2 = load(tiles[4] + at);
+          grad1 *= factor1;
+          grad2 *= factor2;
+          kept1 *= factor1;
+          kept2 *= factor2;
+        }
+        dalpha += p1 * grad1;
+        dlam -= p2 * grad2;
+        store(tiles[0] + at, p1 * (scaled_alpha * grad1 - delta1));
+        store(tiles[1] + at, p2 * (delta2 - scaled_lam * grad2));
+        store(tiles[2] + at, alpha * kept1 - lam * kept2);
+      }
+      store(rows.dalpha + i, dalpha);
+      store(rows.dlam + i, dlam);
+    }
+  }
+
+  void write_query_gradients(const Panel& panel, PanelRows& rows, int64_t phase) const {
+    const int64_t batch = panel.sequence.batch, head_width = problem_.head_width;
+    for (int64_t i = 0; i < panel.count; ++i) {
+      const int64_t at = panel.row(i);
+      for (int map = 0; map < 2; ++map) {
+        float* row = rows.dq[map] + i * head_width;
+        if (phase > 0) {
+          const float* earlier = gradients_.q[map].floats(batch, panel.head, at);
+          for (int64_t d = 0; d < problem_.head_dim; ++d) row[d] += earlier[d];
+        }
+        write_row(gradients_.q[map].at(batch, panel.head, at), gradients_.q[map].type,
+                  problem_.head_dim, row);
+      }
+      const int64_t flat = batch * gradients_.row_batch_stride +
+                           panel.head * gradients_.row_head_stride + at;
+      gradients_.lam[flat] = rows.dlam[i] + (phase > 0 ? gradients_.lam[flat] : 0.0f);
+      gradients_.alpha[flat] = rows.dalpha[i] + (phase > 0 ? gradients_.alpha[flat] : 0.0f);
+    }
+  }
+
+  const Problem& problem_;
+  const Saved& saved_;
+  const Gradients& gradients_;
+  const int64_t chunks_;
+  int64_t longest_ = 0;
+  std::vector<Task> tasks_;
+  std::vector<float> norm_weight_partials_;
+};
+
+void backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, const Tensor& q2,
+              const Tensor& k2, const Tensor& v, const Tensor& lam, const Tensor& alpha,
+              const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
+              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+              const std::optional<Tensor>& norm_weight, int64_t left, int64_t right, double scale,
+              double norm_eps, double out_scale, double dropout_p, int64_t seed, const Tensor& lse,
+              const Tensor& o2, const Tensor& o, int64_t chunks, const Tensor& dq1,
+              const Tensor& dk1, const Tensor& dq2, const Tensor& dk2, const Tensor& dv,
+              const Tensor& dlam, const Tensor& dalpha,
+              const std::optional<Tensor>& dnorm_weight) {
+  const Problem problem(q1, k1, q2, k2, v, lam, alpha, attn_mask, key_padding_mask, cu_seqlens_q,
+                        cu_seqlens_k, norm_weight, left, right, scale, norm_eps, out_scale,
+                        dropout_p, seed);
+  const Saved saved{Rows(grad_out), Rows(o2), Rows(o), static_cast<const float*>(lse.data_ptr()),
+                    lse.stride(0), lse.stride(1), lse.stride(2)};
+  const Gradients gradients{
+      {Rows(dq1), Rows(dq2)}, {Rows(dk1), Rows(dk2)}, Rows(dv),
+      static_cast<float*>(dlam.data_ptr()), static_cast<float*>(dalpha.data_ptr()),
+      dlam.stride(0), dlam.stride(1),
+      dnorm_weight ? static_cast<float*>(dnorm_weight->data_ptr()) : nullptr};
+  Backward(problem, saved, gradients, chunks).run();
+}
+
+}  // namespace
+}  // namespace rdfkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
+  m.def(
+      "_diff_attention_bwd_cpu(Tensor grad_out, Tensor q1, Tensor k1, Tensor q2, Tensor k2, "
+      "Tensor v, Tensor lam, Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? norm_weight, int left, int right, "
+      "float scale, float norm_eps, float out_scale, float dropout_p, int seed, Tensor lse, "
+      "Tensor o2, Tensor o, int chunks, Tensor(a!) dq1, Tensor(b!) dk1, Tensor(c!) dq2, "
+      "Tensor(d!) dk2, Tensor(e!) dv, Tensor(f!) dlam, Tensor(g!) dalpha, "
+      "Tensor(h!)? dnorm_weight) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rdfkern, CPU, m) {
+  m.impl("_diff_attention_bwd_cpu", TORCH_BOX(&rdfkern::backward));
+}
