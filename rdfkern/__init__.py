@@ -8,6 +8,15 @@ from ._backends.dispatch import (
     explain,
     use_backend,
 )
+from .ops.diff_attention.api import (
+    diff_attention,
+    diff_attention_varlen,
+    temporal_diff_attention,
+)
+from .ops.diffusion.api import diffusion_attention
+from .ops.relation_mp.api import relation_attention, relation_conv
+from .ops.relation_mp.graph import RelationGraph
+from .ops.relation_mp.spec import RelationSpec
 
 __version__ = "0.1.0"
 
@@ -19,7 +28,15 @@ if os.path.isfile(os.path.join(_checkout, "models", "network.py")):
 
 __all__ = [
     "BackendUnavailableError",
+    "RelationGraph",
+    "RelationSpec",
     "available_backends",
+    "diff_attention",
+    "diff_attention_varlen",
+    "diffusion_attention",
     "explain",
+    "relation_attention",
+    "relation_conv",
+    "temporal_diff_attention",
     "use_backend",
 ]

@@ -12,13 +12,17 @@ def check_floating(tensors: dict[str, Tensor]) -> None:
     """All tensors are floating point, of one dtype and on one device.
 
     Raises:
-        TypeError: an argument is no tensor, not floating point, or of another dtype.
+        TypeError: an argument is no tensor or a DTensor, not floating point, or of another dtype.
         ValueError: the arguments are on different devices.
     """
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor, which no rdfkern operation shards: pass its to_local() part"
+            )
         if tensor.dtype not in FLOATING:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
             raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
@@ -145,3 +149,39 @@ def check_max_seqlen(name: str, max_seqlen: int | None, cu_name: str, cu_seqlens
             f"{name} must be at least the longest sequence of {cu_name} ({longest}), "
             f"got {max_seqlen}"
         )
+
+
+def check_padding_mask(
+    mask: Tensor, shape: tuple[int, ...], spelled: str, first_name: str, first: Tensor
+) -> None:
+    """`key_padding_mask` is bool, of the given shape and on the device of `first`.
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: wrong shape or device.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"key_padding_mask must be a bool tensor (True is padding), got {got}")
+    check_shape("key_padding_mask", mask, shape, spelled)
+    check_device("key_padding_mask", mask, first_name, first)
+
+
+def check_broadcastable(
+    name: str, tensor: Tensor, shape: tuple[int, ...], spelled: str, hint: str
+) -> None:
+    """`tensor` broadcasts to `shape` without enlarging it; raises ValueError with a hint."""
+    fits = tensor.dim() <= len(shape) and all(
+        have in (1, want)
+        for have, want in zip(reversed(tensor.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to {spelled} = {shape}, got {tuple(tensor.shape)}; {hint}"
+        )
+
+
+def check_number(name: str, value: float) -> None:
+    """`value` is an int or a float; raises TypeError otherwise."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")

@@ -27,6 +27,7 @@ CHOICES = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 
 logger = logging.getLogger("rdfkern")
 _requested: ContextVar[str] = ContextVar("rdfkern_backend", default="auto")
+_imported: dict[tuple[str, str], Callable[..., Any]] = {}
 _logged: set[tuple[str, str, str]] = set()
 
 Arguments = Mapping[str, Any]
@@ -86,10 +87,9 @@ class Operation:
 
     def run(self, arguments: Arguments, impl: str) -> Any:
         """Select an implementation, import it if this is its first call, and call it."""
-        module = importlib.import_module(
-            self.implementations[self.select(arguments, impl)].module, package="rdfkern"
-        )
-        return getattr(module, self.name)(**arguments)
+        module = self.implementations[self.select(arguments, impl)].module
+        _import(module, self.name)
+        return _imported[module, self.name](**arguments)
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -157,6 +157,14 @@ def explain(op: str, *inputs: Any, **options: Any) -> str:
     lines = [f"{op}: {used} ({why})"]
     lines += [f"  {name}: {reason or 'can run'}" for name, reason in backends.items()]
     return "\n".join(lines)
+
+
+@torch.compiler.assume_constant_result
+def _import(module: str, function: str) -> None:
+    # Compiled code may not call import_module, nor take a function from here: it finds it by name.
+    if (module, function) not in _imported:
+        imported = importlib.import_module(module, package="rdfkern")
+        _imported[module, function] = getattr(imported, function)
 
 
 @torch.compiler.assume_constant_result

@@ -49,7 +49,7 @@ def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     if scores.shape[-1] == 0:
-        return torch.zeros_like(scores)
+        return scores
     alive = (scores > float("-inf")).any(dim=-1, keepdim=True)  # [..., Lq, 1]
     # A dead row gets finite scores first: softmax of a row of -inf has a NaN gradient.
     return torch.softmax(scores.masked_fill(~alive, 0.0), dim=-1) * alive

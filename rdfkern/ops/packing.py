@@ -21,12 +21,24 @@ class Packing(NamedTuple):
     valid: Tensor
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int, max_seqlen: int) -> Packing:
-        """Args: cu_seqlens (B+1,), total = T packed rows, max_seqlen = L of the padded layout."""
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor, total: int, max_seqlen: int, *, flush_right: bool = False
+    ) -> Packing:
+        """Where the rows of `cu_seqlens` go.
+
+        Args:
+            cu_seqlens: (B+1,).
+            total: T packed rows.
+            max_seqlen: L of the padded layout.
+            flush_right: the sequences end, rather than start, together.
+        """
         cu = cu_seqlens.to(torch.int64)
         row = torch.arange(total, device=cu.device)
         sequence = torch.searchsorted(cu[1:], row, right=True)  # [T]
         slot = torch.arange(max_seqlen, device=cu.device)
+        if flush_right:
+            free = max_seqlen - cu.diff()  # [B]
+            return cls(sequence, row - cu[sequence] + free[sequence], slot >= free[:, None])
         return cls(sequence, row - cu[sequence], slot < cu.diff()[:, None])
 
     def pad(self, packed: Tensor) -> Tensor:

@@ -1,0 +1,248 @@
+"""Differential attention as one call of SDPA, without a host sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..packing import Packing
+from ..sdpa import masked_sdpa
+from .formula import (
+    Coefficient,
+    compute_dtype,
+    masked_scores,
+    normalise_heads,
+    per_row,
+    repeat_heads,
+    split_mask,
+    visible_keys,
+)
+
+
+def diff_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Coefficient,
+    *,
+    alpha: Coefficient,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    dropout_p: float,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    out_scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Both maps as 2H heads of one SDPA call; the difference and the norm in float32."""
+    heads, compute = q1.shape[1], compute_dtype(v.dtype)
+    boolean, bias = split_mask(attn_mask)
+    # Causal masking alone is left to SDPA, which then needs no Lq x Lk mask.
+    sdpa_causal = is_causal and window is None
+    visible = visible_keys(
+        q1.shape[2],
+        k1.shape[2],
+        attn_mask=boolean,
+        key_padding_mask=key_padding_mask,
+        is_causal=is_causal and not sdpa_causal,
+        window=window,
+        device=q1.device,
+    )
+    v = repeat_heads(v, heads)
+    k1, k2 = repeat_heads(k1, heads), repeat_heads(k2, heads)
+    both = masked_sdpa(
+        torch.cat([q1, q2], dim=1),
+        torch.cat([k1, k2], dim=1),
+        torch.cat([v, v], dim=1),
+        visible=_for_both_maps(visible),
+        is_causal=sdpa_causal,
+        bias=_for_both_maps(bias),
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    first, second = both.to(compute).chunk(2, dim=1)  # [B, H, Lq, Dv]
+    out = per_row(alpha, compute) * first - per_row(lam, compute) * second
+    out = normalise_heads(out, norm_weight, norm_eps, out_scale).to(v.dtype)
+    if not return_lse:
+        return out
+    if sdpa_causal:
+        visible = visible_keys(
+            q1.shape[2],
+            k1.shape[2],
+            attn_mask=boolean,
+            key_padding_mask=key_padding_mask,
+            is_causal=True,
+            window=None,
+            device=q1.device,
+        )
+    with torch.no_grad():
+        normalisers = [
+            masked_scores(
+                q.to(compute), k.to(compute), scale=scale, bias=bias, visible=visible
+            ).logsumexp(dim=-1)
+            for q, k in ((q1, k1), (q2, k2))
+        ]
+    return out, torch.stack(normalisers)
+
+
+def diff_attention_varlen(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Coefficient,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    alpha: Coefficient,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    dropout_p: float,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    out_scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One dense call on padded sequences.
+
+    They are padded on the left, so that the dense call's bottom-right alignment is theirs. Causal
+    self-attention is padded on the right: no query then sees padding, and no mask is needed.
+    """
+    causal_only = (
+        is_causal
+        and window is None
+        and key_padding_mask is None
+        and cu_seqlens_q is cu_seqlens_k
+        and max_seqlen_q == max_seqlen_k
+    )
+    queries = Packing.from_cu_seqlens(
+        cu_seqlens_q, q1.shape[0], max_seqlen_q, flush_right=not causal_only
+    )
+    keys = Packing.from_cu_seqlens(
+        cu_seqlens_k, k1.shape[0], max_seqlen_k, flush_right=not causal_only
+    )
+    padding = None
+    if not causal_only:
+        present = keys.valid if key_padding_mask is None else keys.pad(~key_padding_mask)
+        padding = ~present  # [B, Lk]
+    result = diff_attention(
+        _to_dense(q1, queries),
+        _to_dense(k1, keys),
+        _to_dense(q2, queries),
+        _to_dense(k2, keys),
+        _to_dense(v, keys),
+        _rows_to_dense(lam, queries),
+        alpha=_rows_to_dense(alpha, queries),
+        attn_mask=None,
+        key_padding_mask=padding,
+        is_causal=is_causal,
+        window=window,
+        dropout_p=dropout_p,
+        scale=scale,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        out_scale=out_scale,
+        return_lse=return_lse,
+    )
+    if not return_lse:
+        return queries.unpad(result.transpose(1, 2))
+    out, lse = result
+    lse = queries.unpad(lse.permute(1, 3, 0, 2))  # [T, 2, H]
+    return queries.unpad(out.transpose(1, 2)), lse.transpose(0, 1)
+
+
+def temporal_diff_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Coefficient,
+    *,
+    alpha: Coefficient,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    out_scale: float,
+) -> Tensor:
+    """A single map: A2 is A1 with its columns shifted by one step, so A2 V = A1 next(V).
+
+    Where lam and alpha are the same for every query, that map is applied to
+    alpha · V - lam · next(V), otherwise to V and next(V) side by side.
+    """
+    packing = None
+    if cu_seqlens is not None:
+        packing = Packing.from_cu_seqlens(cu_seqlens, q.shape[0], max_seqlen)
+        q, k, v = (_to_dense(x, packing) for x in (q, k, v))
+        lam, alpha = (_rows_to_dense(coefficient, packing) for coefficient in (lam, alpha))
+        present = packing.valid if key_padding_mask is None else packing.pad(~key_padding_mask)
+    else:
+        present = None if key_padding_mask is None else ~key_padding_mask  # [B, L]
+    compute = compute_dtype(v.dtype)
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    following = _following_values(v, present)
+    visible = None if present is None else present[:, None, None, :]
+    merged = _is_constant_over_queries(lam) and _is_constant_over_queries(alpha)
+    if merged:
+        values = per_row(alpha, compute) * v.to(compute)
+        values = (values - per_row(lam, compute) * following.to(compute)).to(v.dtype)
+    else:
+        values = torch.cat([v, following], dim=-1)
+    out = masked_sdpa(q, k, values, visible=visible, dropout_p=dropout_p, scale=scale).to(compute)
+    if not merged:
+        first, second = out.chunk(2, dim=-1)
+        out = per_row(alpha, compute) * first - per_row(lam, compute) * second
+    out = normalise_heads(out, norm_weight, norm_eps, out_scale).to(v.dtype)
+    return out if packing is None else packing.unpad(out.transpose(1, 2))
+
+
+def _for_both_maps(mask: Tensor | None) -> Tensor | None:
+    if mask is None or mask.shape[1] == 1:
+        return mask
+    return torch.cat([mask, mask], dim=1)
+
+
+def _to_dense(packed: Tensor, packing: Packing) -> Tensor:
+    return packing.pad(packed).transpose(1, 2)  # [B, H, L, D]
+
+
+def _rows_to_dense(coefficient: Coefficient, packing: Packing) -> Coefficient:
+    """From what broadcasts to (T, H) to what broadcasts to (B, H, L)."""
+    if not isinstance(coefficient, Tensor):
+        return coefficient
+    rows = coefficient.expand(torch.broadcast_shapes(coefficient.shape, (1, 1)))  # [T or 1, H or 1]
+    return rows.mT if rows.shape[0] == 1 else packing.pad(rows).mT
+
+
+def _is_constant_over_queries(coefficient: Coefficient) -> bool:
+    return (
+        not isinstance(coefficient, Tensor) or coefficient.dim() == 0 or coefficient.shape[-1] == 1
+    )
+
+
+def _following_values(v: Tensor, present: Tensor | None) -> Tensor:
+    """v of the next present step of the same dialogue, the last one wrapping to the first.
+
+    Args:
+        v: (B, H, L, Dv).
+        present: (B, L) bool or None for all. What an absent step gets does not matter.
+    """
+    if present is None:
+        return v.roll(-1, dims=2)
+    steps = torch.argsort(~present, dim=1, stable=True)  # present steps first, in order
+    count = present.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
+    rank = present.cumsum(dim=1)  # of the following step, counted from 0
+    following = steps.gather(1, rank % count)  # [B, L]
+    return v.gather(2, following[:, None, :, None].expand_as(v))

@@ -1,0 +1,84 @@
+"""The pieces of the formula that both implementations share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..masks import band_mask
+
+Coefficient = float | Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of the subtraction and the norm: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def per_row(coefficient: Coefficient, dtype: torch.dtype) -> Coefficient:
+    """lam or alpha, (..., Lq), as a factor of rows (..., Lq, Dv)."""
+    if isinstance(coefficient, Tensor):
+        return coefficient.to(dtype).unsqueeze(-1)
+    return coefficient
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, Hkv, L, D) to (B, H, L, D): query head h uses kv head h // (H / Hkv)."""
+    repeats = heads // x.shape[1]
+    return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
+
+
+def split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(boolean mask, additive mask): `attn_mask` is one of them, the other is None."""
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        return attn_mask, None
+    return None, attn_mask
+
+
+def visible_keys(
+    lq: int,
+    lk: int,
+    *,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    device: torch.device,
+) -> Tensor | None:
+    """All boolean masks in one.
+
+    Returns:
+        bool with four dimensions that broadcast to (B, H, Lq, Lk), no larger than the masks ask
+        for; True where the key takes part. None if every key does.
+    """
+    band = band_mask(lq, lk, is_causal=is_causal, window=window, device=device)
+    masks = [
+        attn_mask,
+        None if key_padding_mask is None else ~key_padding_mask[:, None, None, :],
+        None if band is None else band[None, None],
+    ]
+    visible = None
+    for mask in masks:
+        if mask is not None:
+            visible = mask if visible is None else visible & mask
+    return visible
+
+
+def masked_scores(
+    q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None, visible: Tensor | None
+) -> Tensor:
+    """q kᵀ · scale + bias, and -inf where a key is not visible: (B, H, Lq, Lk)."""
+    scores = q @ k.mT * scale
+    if bias is not None:
+        scores = scores + bias
+    return scores if visible is None else scores.masked_fill(~visible, float("-inf"))
+
+
+def normalise_heads(
+    out: Tensor, norm_weight: Tensor | None, norm_eps: float | None, out_scale: float
+) -> Tensor:
+    """out_scale · RMSNorm over the last dimension · norm_weight; `out` as it is without an eps."""
+    if norm_eps is None:
+        return out
+    out = out * torch.rsqrt(out.square().mean(dim=-1, keepdim=True) + norm_eps) * out_scale
+    return out if norm_weight is None else out * norm_weight.to(out.dtype)

@@ -1,0 +1,327 @@
+"""Differential attention over time against loops over dialogues in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rdfkern
+from rdfkern.testing import assert_within_budget
+
+IMPLS = ("reference", "torch")
+
+
+def rand(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def in_loops(
+    q, k, v, lam, *, alpha=1.0, key_padding_mask=None, scale=None, norm_eps=None, norm_weight=None
+):
+    """One query at a time; the key before a present step is that of the present step before it."""
+    batch, heads, length, dim = q.shape
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    group = heads // k.shape[1]
+    lam, alpha = (torch.as_tensor(c, dtype=q.dtype).expand(q.shape[:3]) for c in (lam, alpha))
+    out = []
+    for b in range(batch):
+        steps = [j for j in range(length) if key_padding_mask is None or not key_padding_mask[b, j]]
+        earlier = [steps[at - 1] for at in range(len(steps))]
+        for h in range(heads):
+            for i in range(length):
+                row = (q.sum() + k.sum() + v.sum() + lam.sum() + alpha.sum()) * 0
+                row = row.expand(v.shape[-1])
+                if steps:
+                    values = v[b, h // group, steps]
+                    one, two = (
+                        torch.exp(k[b, h // group, at] @ q[b, h, i] * scale)
+                        for at in (steps, earlier)
+                    )
+                    row = row + alpha[b, h, i] * (one / one.sum() @ values)
+                    row = row - lam[b, h, i] * (two / two.sum() @ values)
+                if norm_eps is not None:
+                    row = row / torch.sqrt((row**2).mean() + norm_eps)
+                    row = row if norm_weight is None else row * norm_weight
+                out.append(row)
+    return torch.stack(out).view(*q.shape[:3], -1)
+
+
+def qkv(batch=2, heads=2, kv_heads=2, length=5, dim=3, value_dim=4, seed=0):
+    return [
+        rand(*shape, seed=seed + at).requires_grad_()
+        for at, shape in enumerate(
+            (
+                (batch, heads, length, dim),
+                (batch, kv_heads, length, dim),
+                (batch, kv_heads, length, value_dim),
+            )
+        )
+    ]
+
+
+PADDING = torch.tensor([[False, True, False, False, True], [False] * 5])
+DEAD = torch.tensor([[True] * 5, [True, True, False, True, True]])
+COEFFICIENTS = {
+    "scalar": 0.6,
+    "per head": rand(2, 1),
+    "per sequence": rand(2, 1, 1),
+    "per step": rand(2, 2, 5),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("padding", [None, PADDING, DEAD], ids=["none", "some", "dead"])
+@pytest.mark.parametrize("alpha", COEFFICIENTS)
+@pytest.mark.parametrize("lam", COEFFICIENTS)
+def test_equals_loops_in_float64(lam, alpha, padding, impl):
+    tensors = qkv(kv_heads=1)
+    coefficients = [COEFFICIENTS[name] for name in (lam, alpha)]
+    coefficients = [
+        c.clone().requires_grad_() if isinstance(c, torch.Tensor) else c for c in coefficients
+    ]
+    leaves = [*tensors, *(c for c in coefficients if isinstance(c, torch.Tensor))]
+    options = {"alpha": coefficients[1], "key_padding_mask": padding, "norm_eps": 1e-3}
+    options["norm_weight"] = rand(4, seed=6)
+    out = rdfkern.temporal_diff_attention(*tensors, coefficients[0], **options, impl=impl)
+    truth = in_loops(*tensors, coefficients[0], **options)
+    torch.testing.assert_close(out, truth, rtol=0, atol=1e-12)
+    upstream = rand(*out.shape, seed=9)
+    for have, want in zip(
+        torch.autograd.grad(out, leaves, upstream),
+        torch.autograd.grad(truth, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(have, want, rtol=0, atol=1e-11)
+    if padding is DEAD:
+        assert (out[0] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lam", ["per head", "per step"])
+def test_gradcheck(lam, packed, impl):
+    inputs = [*qkv(kv_heads=1, length=3, dim=2, value_dim=2), rand(2, 1), rand(2, 1, seed=3)]
+    padding = torch.tensor([[False, True, False], [True, True, True]])
+    if lam == "per step":
+        inputs[3] = rand(2, 2, 3)
+    options = {"key_padding_mask": padding}
+    if packed:
+        inputs = [x.detach().transpose(1, 2).flatten(0, 1) for x in inputs[:3]]
+        inputs += [rand(6, 2) if lam == "per step" else rand(2), rand(2, seed=3)]
+        cu_seqlens = torch.tensor([0, 0, 4, 6])
+        options = {
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": 4,
+            "key_padding_mask": padding.flatten(),
+        }
+    inputs = [x.detach().requires_grad_() for x in (*inputs, rand(2, seed=4))]
+
+    def run(q, k, v, lam, alpha, weight):
+        return rdfkern.temporal_diff_attention(
+            q, k, v, lam, alpha=alpha, norm_weight=weight, norm_eps=1e-2, impl=impl, **options
+        )
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.integers(0, 6), max_size=4),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(IMPLS),
+    st.integers(0, 50),
+)
+def test_packed_equals_one_dense_call_per_dialogue(lengths, per_step, padded, impl, seed):
+    total = sum(lengths)
+    q, k, v = (rand(total, 2, d, seed=seed + d) for d in (3, 3, 4))
+    k = k + 1
+    lam = rand(total, 2, seed=seed) if per_step else rand(2, seed=seed)
+    padding = rand(total, seed=seed + 1) > 0.5 if padded else None
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    out = rdfkern.temporal_diff_attention(
+        q,
+        k,
+        v,
+        lam,
+        alpha=0.8,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(lengths, default=0) + 1,
+        key_padding_mask=padding,
+        impl=impl,
+    )
+    assert out.shape == (total, 2, 4)
+    lam = lam.expand(total, 2)
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        start += length
+        if length == 0:
+            continue
+        alone = in_loops(
+            *(x[rows].transpose(0, 1)[None] for x in (q, k, v)),
+            lam[rows].T,
+            alpha=0.8,
+            key_padding_mask=None if padding is None else padding[None, rows],
+        )
+        torch.testing.assert_close(out[rows], alone[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_empty_inputs_stay_in_the_graph(shape, impl):
+    batch, length = shape
+    tensors = qkv(batch=batch, length=length)
+    lam = rand(2, 1).requires_grad_()
+    for options in ({}, {"key_padding_mask": torch.zeros(batch, length, dtype=torch.bool)}):
+        out = rdfkern.temporal_diff_attention(*tensors, lam, impl=impl, **options)
+        assert out.shape == (batch, 2, length, 4)
+        for grad in torch.autograd.grad(out.sum(), [*tensors, lam]):
+            assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padding_and_batch_mates_do_not_change_results(impl):
+    q, k, v = (x.detach() for x in qkv(length=7))
+    padding = torch.arange(7) >= torch.tensor([[4], [7]])
+    lam = rand(2, 1)
+    out = rdfkern.temporal_diff_attention(q, k, v, lam, key_padding_mask=padding, impl=impl)
+    alone = rdfkern.temporal_diff_attention(
+        *(x[:1, :, :4] for x in (q, k, v)), lam, key_padding_mask=padding[:1, :4], impl=impl
+    )
+    torch.testing.assert_close(out[:1, :, :4], alone)
+    swapped = rdfkern.temporal_diff_attention(
+        *(x.flip(0) for x in (q, k, v)), lam, key_padding_mask=padding.flip(0), impl=impl
+    )
+    torch.testing.assert_close(swapped.flip(0), out)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_equal_coefficients_are_the_released_form(impl):
+    q, k, v = (x.detach() for x in qkv())
+    keys = torch.cat([k[:, :, -1:], k[:, :, :-1]], dim=2)
+    maps = [torch.softmax(q @ x.mT * 0.1, -1) for x in (k, keys)]
+    released = (0.5 * (maps[0] - maps[1])) @ v
+    out = rdfkern.temporal_diff_attention(q, k, v, 0.5, alpha=0.5, scale=0.1, impl=impl)
+    torch.testing.assert_close(out, released)
+    general = rdfkern.diff_attention(q, k, q, keys, v, 0.5, alpha=0.5, scale=0.1, impl=impl)
+    torch.testing.assert_close(out, general)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_error_budget_on_strided_views(per_step, dtype, impl):
+    batch, heads, length, dim = 2, 4, 27, 20
+    bases = [rand(batch, length, 3, heads, dim, seed=1).to(dtype)]
+    bases.append(rand(batch, heads, length if per_step else 1, seed=2).float())
+    padding = torch.arange(length) >= torch.tensor([[length], [length - 6]])
+
+    def run(function, compute):
+        x, lam = (
+            base.to(torch.promote_types(compute, base.dtype)).clone().requires_grad_()
+            for base in bases
+        )
+        q, k, v = x.unbind(2)
+        out = function(*(y.transpose(1, 2) for y in (q, k, v)), lam)
+        upstream = rand(*out.shape, seed=8).to(dtype).to(compute)
+        grads = torch.autograd.grad(out, (x, lam), upstream)
+        return dict(zip(("out", "qkv", "lam"), (out.detach(), *grads), strict=True))
+
+    def plain(q, k, v, lam):
+        outs = []
+        for b, count in enumerate((~padding).sum(1).tolist()):
+            keys, values = k[b, :, :count], v[b, :, :count]
+            one, two = (
+                torch.softmax(q[b] @ x.mT * dim**-0.5, -1) @ values
+                for x in (keys, keys.roll(1, dims=1))
+            )
+            outs.append(one - lam[b].to(v.dtype)[..., None] * two)
+        return torch.stack(outs)
+
+    def ours(*args):
+        return rdfkern.temporal_diff_attention(*args, key_padding_mask=padding, impl=impl)
+
+    def truth(*args):
+        return in_loops(*args, key_padding_mask=padding)
+
+    assert_within_budget(run(ours, dtype), run(plain, dtype), run(truth, torch.float64))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("per_step", [False, True])
+def test_dropout_drops_the_same_entries_of_both_maps(per_step, impl):
+    length, p = 48, 0.25
+    q, k, _ = (x.detach().float() for x in qkv(batch=1, length=length))
+    v = torch.eye(length).expand(1, 2, length, length)
+    ones = torch.ones(1, 2, length) if per_step else 1.0
+
+    def run(lam, alpha):
+        torch.manual_seed(4)
+        return rdfkern.temporal_diff_attention(
+            q, k, v, lam * ones, alpha=alpha * ones, dropout_p=p, impl=impl
+        )
+
+    first = run(0.0, 1.0)
+    torch.testing.assert_close(run(-1.0, 0.0), first.roll(1, dims=-1))
+    torch.testing.assert_close(run(0.5, 1.0), first - 0.5 * first.roll(1, dims=-1))
+    weights = torch.softmax(q @ k.mT / math.sqrt(3), -1)
+    kept = first != 0
+    torch.testing.assert_close(first, weights * kept / (1 - p))
+    share = kept.float().mean()
+    assert abs(share - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel())
+
+
+def test_autocast_keeps_lam():
+    tensors = [x.detach().float().requires_grad_() for x in qkv()]
+    lam = torch.rand(2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = rdfkern.temporal_diff_attention(*tensors, lam)
+    expected = rdfkern.temporal_diff_attention(*(x.bfloat16() for x in tensors), lam)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_to_one_graph(packed):
+    q, k, v = (x.detach().float() for x in qkv())
+    options = {"key_padding_mask": PADDING}
+    lam = torch.rand(2, 1)
+    if packed:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        options = {"cu_seqlens": torch.tensor([0, 4, 10]), "max_seqlen": 6}
+        lam = torch.rand(10, 2)
+
+    def run(q, k, v):
+        return rdfkern.temporal_diff_attention(q, k, v, lam, **options)
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), run(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.zeros(4, 2, 3)}, ValueError, "q must have shape .* without cu_seqlens"),
+        ({"k": torch.zeros(1, 2, 5, 3)}, ValueError, r"k must have shape \(B, Hkv, L, D\)"),
+        ({"v": torch.zeros(1, 1, 4, 3)}, ValueError, "v must have shape"),
+        ({"max_seqlen": 4}, ValueError, "max_seqlen needs cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "q must have shape .* with cu_seqlens"),
+        ({"lam": torch.zeros(2)}, ValueError, "lam must broadcast"),
+        ({"key_padding_mask": torch.zeros(4)}, TypeError, "key_padding_mask must be a bool"),
+        ({"dropout_p": 1}, ValueError, "dropout_p must be in"),
+        ({"norm_eps": -1}, ValueError, "norm_eps must be above 0"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, error, message):
+    arguments = {name: torch.zeros(1, 2, 4, 3) for name in ("q", "k", "v")} | {"lam": 0.5} | changes
+    with pytest.raises(error, match=message):
+        rdfkern.temporal_diff_attention(**arguments)
+
+
+def test_packed_inputs_need_max_seqlen():
+    q = torch.zeros(4, 2, 3)
+    with pytest.raises(TypeError, match="max_seqlen must be an integer when cu_seqlens is given"):
+        rdfkern.temporal_diff_attention(q, q, q, 0.5, cu_seqlens=torch.tensor([0, 4]))
