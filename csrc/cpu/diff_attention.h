@@ -16,7 +16,7 @@ constexpr int64_t kPanel = 64;
 // One vector more than the panel: rows a power of two apart would fall into the same cache sets.
 constexpr int64_t kPanelStride = kPanel + 16;
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Sequence {
@@ -91,6 +91,9 @@ struct Problem {
   }
 
   bool has_norm() const { return norm_eps >= 0; }
+  bool has_bias() const { return mask && mask->type != ScalarType::Bool; }
+  // Not quite 0 for a scale of 0, which would make NaN of a hidden key's -inf.
+  float score_factor() const { return std::max(std::fabs(scale) * kLog2e, 1e-30f); }
   int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
   bool is_padding(const Sequence& sequence, int64_t key) const {
     return padding[sequence.batch * padding_batch_stride +
@@ -133,16 +136,19 @@ struct Panel {
     return std::min(sequence.unpadded_end, seen);
   }
 
-  // The panel's rows as they are; `transposed` gets them scaled for `scores`.
+  float factor() const { return problem.has_bias() ? 1.0f : problem.score_factor(); }
+
+  // The panel's rows as they are; `transposed` gets them with the sign of the scale.
   Block read_queries(int map, float* natural, float* transposed) const {
     const Block rows = read_rows(problem.q[map], sequence.batch, head, row(0), count,
                                  problem.head_dim, natural);
-    transpose_rows(rows, count, problem.head_width, problem.scale * kLog2e, transposed,
+    transpose_rows(rows, count, problem.head_width, problem.scale < 0 ? -1.0f : 1.0f, transposed,
                    kPanelStride);
     return rows;
   }
 
-  // scores[j][i] = scale * log2(e) * (q_i k_j + mask), -inf where the key is hidden.
+  // Multiplied by factor(), a score is scale * q_i k_j + mask in units of log2(e); it is -inf where
+  // the key is hidden. The factor is left to the exponential, which gets it without rounding.
   void scores(const float* transposed_queries, const Block& keys, int64_t first_key,
               int64_t key_count, float* scores) const {
     gemm<Order::kRows, Update::kOverwrite>(key_count, columns(), problem.head_dim, keys.data,
@@ -185,7 +191,9 @@ struct Panel {
         float& score = scores[j * kPanelStride + i];
         if (mask.type != ScalarType::Bool) {
           const float added = to_float(element, mask.type);
-          score = added == -kInfinity ? -kInfinity : score + added * kLog2e;
+          score = added == -kInfinity || score == -kInfinity
+                      ? -kInfinity
+                      : score * problem.score_factor() + added * kLog2e;
         } else if (!*element) {
           score = -kInfinity;
         }

@@ -33,13 +33,23 @@ struct PanelRows {
   float *queries_natural[2], *grad_natural;     // [kPanel][width]
   float* dq[2];                                 // [kPanel][head_width]
   Block queries[2];
-  float lse[2][kPanel], delta[2][kPanel], alpha[kPanel], lam[kPanel];
+  // A weight is exp2(score - lse) * unrounded: float holds lse too coarsely for its exponential.
+  float lse[2][kPanel], unrounded[2][kPanel];
+  float delta[2][kPanel], alpha[kPanel], lam[kPanel];
   float dalpha[kPanel], dlam[kPanel];
+};
+
+// Where a gradient of keys or values adds up.
+struct Sum {
+  float* data;
+  int64_t stride;
+
+  Sum from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
 struct KeyBlock {
   Block keys[2], values;
-  float *dk[2], *dv;
+  Sum dk[2], dv;
   int64_t first, count;
 };
 
@@ -78,16 +88,17 @@ class Backward {
     return std::min(length, panels * chunk / chunks * kPanel);
   }
 
+  // Several tasks may add to one row then, so the caller has padded the rows.
   bool in_place(const Rows& rows, int64_t size) const {
-    return rows.type == ScalarType::Float && padded(size) == size && rows.row_stride == size;
+    return chunks_ > 1 || (rows.type == ScalarType::Float && padded(size) == size);
   }
 
   void run_task(int64_t index, int64_t phase) {
     const Task& task = tasks_[index];
     const Sequence& sequence = problem_.sequences[task.sequence];
     const int64_t head_width = problem_.head_width, value_width = problem_.value_width;
-    const bool in_place_k = chunks_ > 1 || in_place(gradients_.k[0], problem_.head_dim);
-    const bool in_place_v = chunks_ > 1 || in_place(gradients_.v, problem_.value_dim);
+    const bool in_place_k = in_place(gradients_.k[0], problem_.head_dim);
+    const bool in_place_v = in_place(gradients_.v, problem_.value_dim);
     const int64_t key_begin = chunk_begin(sequence.keys, task.chunk, chunks_);
     const int64_t key_end = chunk_begin(sequence.keys, task.chunk + 1, chunks_);
     const int64_t keys = key_end - key_begin;
@@ -110,16 +121,17 @@ class Backward {
     float* normed = scratch.take(2 * value_width);
 
     const int64_t batch = sequence.batch, first_row = sequence.first_key + key_begin;
-    float *dk[2], *dv;
-    for (int map = 0; map < 2; ++map)
-      dk[map] = in_place_k ? gradients_.k[map].floats(batch, task.kv_head, first_row)
-                           : scratch.take(keys * head_width);
-    dv = in_place_v ? gradients_.v.floats(batch, task.kv_head, first_row)
-                    : scratch.take(keys * value_width);
-    if (phase == 0) {
-      for (int map = 0; map < 2; ++map) fill_zeros(dk[map], keys * head_width);
-      fill_zeros(dv, keys * value_width);
-    }
+    auto sum_of = [&](const Rows& rows, bool rows_in_place, int64_t width) {
+      const Sum sum = rows_in_place
+                          ? Sum{rows.floats(batch, task.kv_head, first_row), rows.row_stride}
+                          : Sum{scratch.take(keys * width), width};
+      if (phase == 0)
+        for (int64_t j = 0; j < keys; ++j) fill_zeros(sum.data + j * sum.stride, width);
+      return sum;
+    };
+    const Sum dk[2] = {sum_of(gradients_.k[0], in_place_k, head_width),
+                       sum_of(gradients_.k[1], in_place_k, head_width)};
+    const Sum dv = sum_of(gradients_.v, in_place_v, value_width);
 
     const int64_t query_chunk = (task.chunk + phase) % chunks_;
     const int64_t query_begin = chunk_begin(sequence.queries, query_chunk, chunks_);
@@ -145,17 +157,17 @@ class Backward {
               {read(problem_.k[0], problem_.head_dim, key_rows[0]),
                read(problem_.k[1], problem_.head_dim, key_rows[1])},
               read(problem_.v, problem_.value_dim, value_rows),
-              {dk[0] + (key - key_begin) * head_width, dk[1] + (key - key_begin) * head_width},
-              dv + (key - key_begin) * value_width, key, count};
+              {dk[0].from(key - key_begin), dk[1].from(key - key_begin)},
+              dv.from(key - key_begin), key, count};
           add_block(panel, rows, block, tiles);
         }
         write_query_gradients(panel, rows, phase);
       }
 
-    auto write = [&](const Rows& target, int64_t size, const float* source) {
+    auto write = [&](const Rows& target, int64_t size, const Sum& sum) {
       for (int64_t j = 0; j < keys; ++j)
         write_row(target.at(batch, task.kv_head, first_row + j), target.type, size,
-                  source + j * padded(size));
+                  sum.from(j).data);
     };
     if (!in_place_k)
       for (int map = 0; map < 2; ++map) write(gradients_.k[map], problem_.head_dim, dk[map]);
@@ -189,12 +201,16 @@ class Backward {
         const float lse = saved_.lse[map * saved_.lse_map_stride + batch * saved_.lse_batch_stride +
                                      panel.head * saved_.lse_head_stride + at];
         // A dead row's +inf makes every one of its weights zero.
-        rows.lse[map][i] = lse == -kInfinity ? kInfinity : lse * kLog2e;
+        const double binary = lse == -kInfinity ? double(kInfinity) : lse / kLn2;
+        rows.lse[map][i] = float(binary);
+        rows.unrounded[map][i] =
+            lse == -kInfinity ? 1.0f : float(std::exp2(rows.lse[map][i] - binary));
       }
     }
     for (int64_t i = panel.count; i < panel.columns(); ++i) {
       rows.alpha[i] = rows.lam[i] = rows.delta[0][i] = rows.delta[1][i] = 0.0f;
       rows.lse[0][i] = rows.lse[1][i] = kInfinity;
+      rows.unrounded[0][i] = rows.unrounded[1][i] = 1.0f;
     }
     fill_zeros(rows.dalpha, kPanel);
     fill_zeros(rows.dlam, kPanel);
@@ -239,11 +255,12 @@ class Backward {
       differentiate<false>(panel, rows, block.count, tiles);
     }
     gemm<Order::kRows, Update::kAdd>(block.count, value_width, panel.count, tiles[2], kPanelStride,
-                                     rows.grad_natural, value_width, block.dv, value_width);
+                                     rows.grad_natural, value_width, block.dv.data, block.dv.stride);
     for (int map = 0; map < 2; ++map) {
       gemm<Order::kRows, Update::kAdd>(block.count, head_width, panel.count, tiles[map],
                                        kPanelStride, rows.queries[map].data,
-                                       rows.queries[map].stride, block.dk[map], head_width);
+                                       rows.queries[map].stride, block.dk[map].data,
+                                       block.dk[map].stride);
       gemm<Order::kColumns, Update::kAdd>(panel.count, head_width, block.count, tiles[map],
                                           kPanelStride, block.keys[map].data,
                                           block.keys[map].stride, rows.dq[map], head_width);
@@ -255,17 +272,19 @@ class Backward {
   template <bool DROPOUT>
   void differentiate(const Panel& panel, PanelRows& rows, int64_t keys,
                      float* const (&tiles)[5]) const {
+    const float factor = panel.factor();
     for (int64_t i = 0; i < panel.columns(); i += kLanes) {
       const Vec lse1 = load(rows.lse[0] + i), lse2 = load(rows.lse[1] + i);
-      const Vec alpha = load(rows.alpha + i), lam = load(rows.lam + i);
+      const Vec unrounded1 = load(rows.unrounded[0] + i), unrounded2 = load(rows.unrounded[1] + i);
+      const Vec alpha = load(rows.alpha + i) * unrounded1, lam = load(rows.lam + i) * unrounded2;
       const Vec scaled_alpha = alpha * problem_.scale, scaled_lam = lam * problem_.scale;
-      const Vec delta1 = load(rows.delta[0] + i) * problem_.scale;
+      const Vec delta1 = load(rows.delta[0] + i) * unrounded1 * problem_.scale;
       const Vec delta2 = load(rows.delta[1] + i) * scaled_lam;
-      Vec dalpha = load(rows.dalpha + i), dlam = load(rows.dlam + i);
+      Vec dalpha = {}, dlam = {};
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * kPanelStride + i;
-        const Vec p1 = exp2(load(tiles[0] + at) - lse1);
-        const Vec p2 = exp2(load(tiles[1] + at) - lse2);
+        const Vec p1 = exp2(load(tiles[0] + at) * factor - lse1);
+        const Vec p2 = exp2(load(tiles[1] + at) * factor - lse2);
         const Vec grad = load(tiles[2] + at);
         Vec grad1 = grad, grad2 = grad, kept1 = p1, kept2 = p2;
         if constexpr (DROPOUT) {
@@ -281,8 +300,8 @@ class Backward {
         store(tiles[1] + at, p2 * (delta2 - scaled_lam * grad2));
         store(tiles[2] + at, alpha * kept1 - lam * kept2);
       }
-      store(rows.dalpha + i, dalpha);
-      store(rows.dlam + i, dlam);
+      store(rows.dalpha + i, load(rows.dalpha + i) + dalpha * unrounded1);
+      store(rows.dlam + i, load(rows.dlam + i) + dlam * unrounded2);
     }
   }
 

@@ -23,24 +23,25 @@ struct Outputs {
 
 // Running maxima, sums and products of one panel and one map.
 struct Softmax {
-  float maxima[kPanel], sums[kPanel], rescale[kPanel];
+  float maxima[kPanel], bases[kPanel], sums[kPanel], rescale[kPanel];
 
   void start() {
     std::fill(maxima, maxima + kPanel, -kInfinity);
+    std::fill(bases, bases + kPanel, -kInfinity);
     std::fill(sums, sums + kPanel, 0.0f);
   }
 
-  // scores become exp2(scores - new maxima); rescale is what earlier products shrink by.
-  void update(float* scores, int64_t keys, int64_t columns) {
+  // scores become exp2(factor * (scores - new maxima)); rescale is what earlier products shrink by.
+  void update(float* scores, int64_t keys, int64_t columns, float factor) {
     int64_t i = 0;
-    for (; i + 4 * kLanes <= columns; i += 4 * kLanes) update_vectors<4>(scores, keys, i);
-    for (; i < columns; i += kLanes) update_vectors<1>(scores, keys, i);
+    for (; i + 4 * kLanes <= columns; i += 4 * kLanes) update_vectors<4>(scores, keys, i, factor);
+    for (; i < columns; i += kLanes) update_vectors<1>(scores, keys, i, factor);
   }
 
  private:
   template <int VECTORS>
-  void update_vectors(float* scores, int64_t keys, int64_t first) {
-    Vec top[VECTORS], base[VECTORS], total[VECTORS];
+  void update_vectors(float* scores, int64_t keys, int64_t first, float factor) {
+    Vec top[VECTORS], base[VECTORS], total[VECTORS] = {};
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; ++n) top[n] = load(maxima + first + n * kLanes);
     for (int64_t j = 0; j < keys; ++j)
@@ -50,22 +51,26 @@ struct Softmax {
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; ++n) {
       const int64_t at = first + n * kLanes;
-      base[n] = top[n] == -kInfinity ? Vec{} : top[n];
-      const Vec shrink = exp2(load(maxima + at) - base[n]);
+      base[n] = top[n] == -kInfinity ? Vec{} : top[n] * factor;
+      const Vec shrink = exp2(load(bases + at) - base[n]);
       store(rescale + at, shrink);
       store(maxima + at, top[n]);
-      total[n] = load(sums + at) * shrink;
+      store(bases + at, top[n] == -kInfinity ? top[n] : base[n]);
+      store(sums + at, load(sums + at) * shrink);
     }
     for (int64_t j = 0; j < keys; ++j)
 #pragma GCC unroll 4
       for (int n = 0; n < VECTORS; ++n) {
         float* at = scores + j * kPanelStride + first + n * kLanes;
-        const Vec weight = exp2(load(at) - base[n]);
+        const Vec weight = exp2(load(at) * factor - base[n]);
         total[n] += weight;
         store(at, weight);
       }
 #pragma GCC unroll 4
-    for (int n = 0; n < VECTORS; ++n) store(sums + first + n * kLanes, total[n]);
+    for (int n = 0; n < VECTORS; ++n) {
+      float* at = sums + first + n * kLanes;
+      store(at, load(at) + total[n]);
+    }
   }
 };
 
@@ -158,7 +163,7 @@ class Forward {
                                keys[map].stride};
           panel.scores(states[p].queries[map], block, from, seen, scores);
           Softmax& softmax = states[p].softmax[map];
-          softmax.update(scores, seen, panel.columns());
+          softmax.update(scores, seen, panel.columns(), panel.factor());
           if (problem_.dropout.probability > 0) multiply(scores, dropped[map], seen, panel);
           gemm<Order::kColumns, Update::kRescale>(
               panel.count, value_width, seen, scores, kPanelStride,
@@ -185,12 +190,13 @@ class Forward {
       const int64_t at = panel.row(i);
       float inverse[2];
       for (int map = 0; map < 2; ++map) {
-        const float total = state.softmax[map].sums[i], top = state.softmax[map].maxima[i];
-        const bool alive = top != -kInfinity;
+        const Softmax& softmax = state.softmax[map];
+        const float total = softmax.sums[i];
+        const bool alive = softmax.maxima[i] != -kInfinity;
         inverse[map] = alive ? 1.0f / total : 0.0f;
         outputs_.lse[map * outputs_.lse_map_stride + batch * outputs_.lse_batch_stride +
                      panel.head * outputs_.lse_head_stride + at] =
-            alive ? kLn2 * (top + std::log2(total)) : -kInfinity;
+            alive ? float(kLn2 * (softmax.bases[i] + std::log2(double(total)))) : -kInfinity;
       }
       const float alpha = panel.alpha(i) * inverse[0], lam = panel.lam(i);
       const float* first = state.products[0] + i * value_width;

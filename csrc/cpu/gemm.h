@@ -15,16 +15,7 @@ template <Order ORDER, Update UPDATE, int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void gemm_tile(
     int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
     float* c, int64_t ldc, const float* beta) {
-  Vec sums[ROWS][VECTORS];
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-    for (int n = 0; n < VECTORS; ++n) {
-      if constexpr (UPDATE == Update::kOverwrite) sums[i][n] = Vec{};
-      if constexpr (UPDATE == Update::kAdd) sums[i][n] = load(c + i * ldc + n * kLanes);
-      if constexpr (UPDATE == Update::kRescale)
-        sums[i][n] = load(c + i * ldc + n * kLanes) * beta[i];
-    }
+  Vec sums[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < inner; ++k) {
     Vec row[VECTORS];
 #pragma GCC unroll 4
@@ -39,7 +30,13 @@ inline __attribute__((always_inline)) void gemm_tile(
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int n = 0; n < VECTORS; ++n) store(c + i * ldc + n * kLanes, sums[i][n]);
+    for (int n = 0; n < VECTORS; ++n) {
+      float* target = c + i * ldc + n * kLanes;
+      // Only here does the old value join: short sums of short sums round less than one long sum.
+      if constexpr (UPDATE == Update::kAdd) sums[i][n] += load(target);
+      if constexpr (UPDATE == Update::kRescale) sums[i][n] += load(target) * beta[i];
+      store(target, sums[i][n]);
+    }
 }
 
 template <Order ORDER, Update UPDATE, int VECTORS>

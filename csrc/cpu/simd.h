@@ -48,6 +48,7 @@ inline To bits(From value) {
   return result;
 }
 
+// b where either is NaN.
 inline Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -58,25 +59,26 @@ inline Vec maximum(Vec a, Vec b) {
 #endif
 }
 
-// 2^x, 0 below 2^-126; relative error 1.5e-7. Minimax polynomial of degree 5
-// on [-1/2, 1/2].
+// 2^x, 0 below 2^-126, NaN stays NaN; relative error 1e-7. Minimax polynomial of degree 6
+// on [-1/2, 1/2]; exactly 1 at 0, or repeated rescaling by 2^0 would drift.
 inline Vec exp2(Vec x) {
-  const Vec clamped = maximum(x, broadcast(-127.0f));
+  const Vec clamped = maximum(broadcast(-127.0f), x);
   const Vec shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
   const Vec fraction = clamped - (shifted - 12582912.0f);
-  Vec p = fraction * 1.32764718e-3f + 9.67554133e-3f;
-  p = p * fraction + 5.55071327e-2f;
-  p = p * fraction + 2.40221197e-1f;
-  p = p * fraction + 6.93146967e-1f;
-  p = p * fraction + 1.00000007f;
+  Vec p = fraction * 1.53533619e-4f + 1.33988744e-3f;
+  p = p * fraction + 9.61843736e-3f;
+  p = p * fraction + 5.55033247e-2f;
+  p = p * fraction + 2.40226479e-1f;
+  p = p * fraction + 6.93147203e-1f;
+  p = p * fraction + 1.0f;
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_scalef_ps(
-      _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ),
+      _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ),
       (__m512)p, (__m512)(shifted - 12582912.0f));
 #else
   const IntVec power = bits<IntVec>(p) + (bits<IntVec>(shifted) << 23);
-  const IntVec representable = x >= -126.0f;
-  return bits<Vec>(power & representable);
+  const IntVec vanishes = x < -126.0f;
+  return bits<Vec>(power & ~vanishes);
 #endif
 }
 
