@@ -8,6 +8,7 @@ namespace rdfkern {
 namespace {
 
 constexpr int64_t kKeys = 64;
+constexpr int64_t kWholeKeys = 256;  // so many are kept in one block, which then needs nothing saved
 
 struct Saved {
   Rows grad_out, o2, o;  // o is the output itself where there is no norm
@@ -36,7 +37,7 @@ struct PanelRows {
   // A weight is exp2(score - lse) * unrounded: float holds lse too coarsely for its exponential.
   float lse[2][kPanel], unrounded[2][kPanel];
   float delta[2][kPanel], alpha[kPanel], lam[kPanel];
-  float dalpha[kPanel], dlam[kPanel];
+  float dalpha[kPanel];
 };
 
 // Where a gradient of keys or values adds up.
@@ -51,6 +52,7 @@ struct KeyBlock {
   Block keys[2], values;
   Sum dk[2], dv;
   int64_t first, count;
+  bool whole;  // these are all the keys that the panel sees
 };
 
 class Backward {
@@ -103,8 +105,8 @@ class Backward {
     const int64_t key_end = chunk_begin(sequence.keys, task.chunk + 1, chunks_);
     const int64_t keys = key_end - key_begin;
     Scratch scratch((4 * head_width + 2 * value_width) * kPanelStride +
-                    2 * kPanel * head_width + kKeys * (2 * head_width + value_width) +
-                    5 * kKeys * kPanelStride + 2 * value_width +
+                    2 * kPanel * head_width + kWholeKeys * (2 * head_width + value_width) +
+                    5 * kWholeKeys * kPanelStride + 2 * value_width +
                     longest_ * ((in_place_k ? 0 : 2 * head_width) + (in_place_v ? 0 : value_width)));
     PanelRows rows;
     for (int map = 0; map < 2; ++map) {
@@ -114,10 +116,11 @@ class Backward {
     }
     rows.grad_t = scratch.take(value_width * kPanelStride);
     rows.grad_natural = scratch.take(kPanel * value_width);
-    float* key_rows[2] = {scratch.take(kKeys * head_width), scratch.take(kKeys * head_width)};
-    float* value_rows = scratch.take(kKeys * value_width);
+    float* key_rows[2] = {scratch.take(kWholeKeys * head_width),
+                          scratch.take(kWholeKeys * head_width)};
+    float* value_rows = scratch.take(kWholeKeys * value_width);
     float* tiles[5];
-    for (float*& tile : tiles) tile = scratch.take(kKeys * kPanelStride);
+    for (float*& tile : tiles) tile = scratch.take(kWholeKeys * kPanelStride);
     float* normed = scratch.take(2 * value_width);
 
     const int64_t batch = sequence.batch, first_row = sequence.first_key + key_begin;
@@ -147,8 +150,11 @@ class Backward {
         prepare(panel, rows, normed, norm_partial);
         const int64_t begin = std::max(panel.keys_begin(), key_begin);
         const int64_t end = std::min(panel.keys_end(), key_end);
-        for (int64_t key = begin; key < end; key += kKeys) {
-          const int64_t count = std::min(kKeys, end - key);
+        const bool whole = end - begin <= kWholeKeys && begin == panel.keys_begin() &&
+                           end == panel.keys_end();
+        const int64_t step = whole ? kWholeKeys : kKeys;
+        for (int64_t key = begin; key < end; key += step) {
+          const int64_t count = std::min(step, end - key);
           auto read = [&](const Rows& source, int64_t size, float* target) {
             return read_rows(source, batch, task.kv_head, sequence.first_key + key, count, size,
                              target);
@@ -158,7 +164,7 @@ class Backward {
                read(problem_.k[1], problem_.head_dim, key_rows[1])},
               read(problem_.v, problem_.value_dim, value_rows),
               {dk[0].from(key - key_begin), dk[1].from(key - key_begin)},
-              dv.from(key - key_begin), key, count};
+              dv.from(key - key_begin), key, count, whole};
           add_block(panel, rows, block, tiles);
         }
         write_query_gradients(panel, rows, phase);
@@ -213,7 +219,6 @@ class Backward {
       rows.unrounded[0][i] = rows.unrounded[1][i] = 1.0f;
     }
     fill_zeros(rows.dalpha, kPanel);
-    fill_zeros(rows.dlam, kPanel);
     transpose_rows({rows.grad_natural, value_width}, panel.count, value_width, 1.0f, rows.grad_t,
                    kPanelStride);
     for (int map = 0; map < 2; ++map) {
@@ -246,14 +251,18 @@ class Backward {
     gemm<Order::kRows, Update::kOverwrite>(
         block.count, panel.columns(), problem_.value_dim, block.values.data, block.values.stride,
         rows.grad_t, kPanelStride, tiles[2], kPanelStride);
-    if (problem_.dropout.probability > 0) {
+    const bool dropout = problem_.dropout.probability > 0;
+    if (dropout) {
       float* const factors[2] = {tiles[3], tiles[4]};
       problem_.dropout.fill(panel.sequence_index * problem_.heads + panel.head, panel.first,
                             panel.columns(), block.first, block.count, factors, kPanelStride);
-      differentiate<true>(panel, rows, block.count, tiles);
-    } else {
-      differentiate<false>(panel, rows, block.count, tiles);
     }
+    if (block.whole)
+      dropout ? differentiate_whole<true>(panel, rows, block.count, tiles)
+              : differentiate_whole<false>(panel, rows, block.count, tiles);
+    else
+      dropout ? differentiate<true>(panel, rows, block.count, tiles)
+              : differentiate<false>(panel, rows, block.count, tiles);
     gemm<Order::kRows, Update::kAdd>(block.count, value_width, panel.count, tiles[2], kPanelStride,
                                      rows.grad_natural, value_width, block.dv.data, block.dv.stride);
     for (int map = 0; map < 2; ++map) {
@@ -280,7 +289,7 @@ class Backward {
       const Vec scaled_alpha = alpha * problem_.scale, scaled_lam = lam * problem_.scale;
       const Vec delta1 = load(rows.delta[0] + i) * unrounded1 * problem_.scale;
       const Vec delta2 = load(rows.delta[1] + i) * scaled_lam;
-      Vec dalpha = {}, dlam = {};
+      Vec dalpha = {};
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * kPanelStride + i;
         const Vec p1 = exp2(load(tiles[0] + at) * factor - lse1);
@@ -295,13 +304,61 @@ class Backward {
           kept2 *= factor2;
         }
         dalpha += p1 * grad1;
-        dlam -= p2 * grad2;
         store(tiles[0] + at, p1 * (scaled_alpha * grad1 - delta1));
         store(tiles[1] + at, p2 * (delta2 - scaled_lam * grad2));
         store(tiles[2] + at, alpha * kept1 - lam * kept2);
       }
       store(rows.dalpha + i, load(rows.dalpha + i) + dalpha * unrounded1);
-      store(rows.dlam + i, load(rows.dlam + i) + dlam * unrounded2);
+    }
+  }
+
+  // The same where every key is at hand: softmax and D anew, by the arithmetic of plain softmax. With
+  // few keys dP - D nearly cancels, and a D from saved rows would leave their rounding.
+  template <bool DROPOUT>
+  void differentiate_whole(const Panel& panel, PanelRows& rows, int64_t keys,
+                           float* const (&tiles)[5]) const {
+    const float factor = panel.factor();
+    for (int64_t i = 0; i < panel.columns(); i += kLanes) {
+      Vec inverse[2], delta[2];
+      for (int map = 0; map < 2; ++map) {
+        float* const column = tiles[map] + i;
+        Vec top = broadcast(-kInfinity), total = {}, product = {};
+        for (int64_t j = 0; j < keys; ++j) top = maximum(top, load(column + j * kPanelStride));
+        const Vec base = top == -kInfinity ? Vec{} : top * factor;
+        for (int64_t j = 0; j < keys; ++j) {
+          const Vec p = exp2(load(column + j * kPanelStride) * factor - base);
+          total += p;
+          store(column + j * kPanelStride, p);
+        }
+        inverse[map] = top == -kInfinity ? Vec{} : 1.0f / total;
+        for (int64_t j = 0; j < keys; ++j) {
+          const int64_t at = j * kPanelStride + i;
+          const Vec p = load(tiles[map] + at) * inverse[map];
+          Vec grad = load(tiles[2] + at);
+          if constexpr (DROPOUT) grad *= load(tiles[3 + map] + at);
+          product += p * grad;
+        }
+        delta[map] = product;
+      }
+      const Vec alpha = load(rows.alpha + i), lam = load(rows.lam + i);
+      const Vec scaled_alpha = alpha * problem_.scale, scaled_lam = lam * problem_.scale;
+      for (int64_t j = 0; j < keys; ++j) {
+        const int64_t at = j * kPanelStride + i;
+        const Vec p1 = load(tiles[0] + at) * inverse[0], p2 = load(tiles[1] + at) * inverse[1];
+        const Vec grad = load(tiles[2] + at);
+        Vec grad1 = grad, grad2 = grad, kept1 = p1, kept2 = p2;
+        if constexpr (DROPOUT) {
+          const Vec factor1 = load(tiles[3] + at), factor2 = load(tiles[4] + at);
+          grad1 *= factor1;
+          grad2 *= factor2;
+          kept1 *= factor1;
+          kept2 *= factor2;
+        }
+        store(tiles[0] + at, scaled_alpha * (p1 * (grad1 - delta[0])));
+        store(tiles[1] + at, scaled_lam * (p2 * (delta[1] - grad2)));
+        store(tiles[2] + at, alpha * kept1 - lam * kept2);
+      }
+      store(rows.dalpha + i, delta[0]);
     }
   }
 
@@ -320,7 +377,7 @@ class Backward {
       }
       const int64_t flat = batch * gradients_.row_batch_stride +
                            panel.head * gradients_.row_head_stride + at;
-      gradients_.lam[flat] = rows.dlam[i] + (phase > 0 ? gradients_.lam[flat] : 0.0f);
+      gradients_.lam[flat] = -rows.delta[1][i];
       gradients_.alpha[flat] = rows.dalpha[i] + (phase > 0 ? gradients_.alpha[flat] : 0.0f);
     }
   }

@@ -211,9 +211,10 @@ class Forward {
       }
       write_row(outputs_.o2.at(batch, panel.head, at), outputs_.o2.type, problem_.value_dim,
                 second);
-      if (problem_.has_norm()) {
+      if (outputs_.o)
         write_row(outputs_.o->at(batch, panel.head, at), outputs_.o->type, problem_.value_dim,
                   row);
+      if (problem_.has_norm()) {
         const double mean = double(sum(squares)) / double(problem_.value_dim);
         const float factor = problem_.out_scale / std::sqrt(float(mean + problem_.norm_eps));
         for (int64_t d = 0; d < problem_.value_dim; ++d)

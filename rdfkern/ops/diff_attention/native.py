@@ -44,11 +44,9 @@ def forward(
     alpha: Tensor,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns (out, lse, o2, o); o, the rows before the norm, is None without a norm."""
-    packed = options["cu_seqlens_q"] is not None
-    out, o2 = (op.empty_like_rows(q1, v.shape[-1], packed, v.dtype) for _ in range(2))
-    o = None if options["norm_eps"] is None else torch.empty_like(out)
-    lse = q1.new_empty((2, *q1.shape[:3]), dtype=torch.float32)
+    """Returns (out, lse, o2, o); o is None where `out` serves."""
+    out, lse, o2, o = op.empty_outputs(q1, v, options["norm_eps"], options["cu_seqlens_q"], "cpu")
+    o = o if o.numel() else None
     inputs = [_unit_stride(x) for x in (q1, k1, q2, k2, v)]
     jit.load("cpu")
     torch.ops.rdfkern._diff_attention_fwd_cpu(
@@ -95,7 +93,7 @@ def backward(
         *_native_options(**options),
         lse,
         o2,
-        out if options["norm_eps"] is None else o,
+        o if o.numel() else out,
         chunks,
         *gradients,
         dlam,

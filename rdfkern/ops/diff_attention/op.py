@@ -17,6 +17,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .formula import Coefficient, compute_dtype
 
 KERNELS = {"cpu": ".native"}
+# Kernels that save the rows O2 and O in the wide dtype. Rounded to half, they would leave dlam,
+# dalpha and dnorm_weight, which are wide themselves, with errors of half.
+WIDE_ROWS = ("cpu",)
 
 INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, Tensor alpha"
 OPTIONS = (
@@ -210,7 +213,9 @@ def _forward(
     alpha, options = arguments[0], _options(arguments[1:])
     impl = options.pop("impl")
     if q1.numel() == 0 or v.numel() == 0:
-        out, lse, o2, o = _empty_outputs(q1, v, options["norm_eps"], options["cu_seqlens_q"])
+        out, lse, o2, o = empty_outputs(
+            q1, v, options["norm_eps"], options["cu_seqlens_q"], impl
+        )
         return out.zero_(), lse.fill_(float("-inf")), o2.zero_(), o.zero_()
     out, lse, o2, o = _kernels(impl).forward(q1, k1, q2, k2, v, lam, alpha, **options)
     return out, lse, o2, v.new_empty(0) if o is None else o
@@ -235,7 +240,9 @@ def _backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("rdfkern::diff_attn_fwd")
 def _fake_forward(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *arguments: Any):
     options = _options(arguments[2:])
-    return _empty_outputs(q1, v, options["norm_eps"], options["cu_seqlens_q"])
+    return empty_outputs(
+        q1, v, options["norm_eps"], options["cu_seqlens_q"], options["impl"]
+    )
 
 
 @torch.library.register_fake("rdfkern::diff_attn_bwd")
@@ -257,14 +264,18 @@ def empty_like_rows(x: Tensor, width: int, packed: bool, dtype: torch.dtype) -> 
     return x.new_empty((batch, heads, length, width), dtype=dtype)
 
 
-def _empty_outputs(
-    q1: Tensor, v: Tensor, norm_eps: float | None, cu_seqlens_q: Tensor | None
+def empty_outputs(
+    q1: Tensor, v: Tensor, norm_eps: float | None, cu_seqlens_q: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, o2 = (
-        empty_like_rows(q1, v.shape[-1], cu_seqlens_q is not None, v.dtype) for _ in range(2)
-    )
-    lse = q1.new_empty((2, *q1.shape[:3]), dtype=lse_dtype(v))
-    return out, lse, o2, v.new_empty(0) if norm_eps is None else torch.empty_like(out)
+    """Memory for (out, lse, o2, o); o, the rows before the norm, is empty where it would be out."""
+    packed, width, wide = cu_seqlens_q is not None, v.shape[-1], lse_dtype(v)
+    rows_dtype = wide if impl in WIDE_ROWS else v.dtype
+    out = empty_like_rows(q1, width, packed, v.dtype)
+    lse = q1.new_empty((2, *q1.shape[:3]), dtype=wide)
+    o2 = empty_like_rows(q1, width, packed, rows_dtype)
+    if norm_eps is None and rows_dtype == v.dtype:
+        return out, lse, o2, v.new_empty(0)
+    return out, lse, o2, torch.empty_like(o2)
 
 
 def _empty_gradients(
