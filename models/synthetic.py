@@ -1,13 +1,16 @@
 """Built-in conversations: generated features whose emotions follow speaker-dependent dynamics.
 
-A cast of characters meets in long dialogues. What a speaker feels next depends on who they are:
-they stay in their mood (inertia), answer the last other speaker's emotion in their own way
-(contagion: some mirror it, some turn it round), or fall back on their temperament. Each modality
-shows the emotion in part: text tells pairs of emotions apart but hardly the two within a pair,
-audio mostly the two within a pair, and visual features a mixture. Audio and visual features also
-carry the speaker's own voice and face, episodes of background noise that all speakers share, and
-white noise. So context, relations between speakers, denoising and the other modalities each hold
-something that text alone does not.
+A cast of characters meets in long dialogues that keep coming back to a few topics. What a speaker
+feels next depends on who they are and what they talk about: they stay in their mood (inertia),
+answer the last other speaker's emotion in their own way (contagion: some mirror it, some turn it
+round), take the tone that the topic has in this dialogue, or fall back on their temperament.
+
+Text shows the topic and, weakly, the emotion: pairs of emotions apart but hardly the two within a
+pair. Audio shows mostly the two within a pair, visual features a mixture. Both also carry the
+speaker's own voice or face, an offset of the whole recording, episodes of background noise that
+all speakers share, and white noise.
+So relations between speakers, denoising, the topics that text connects over long distances, and
+the other modalities each hold something that the text of one utterance does not.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .data import SPLITS, Corpus, Dialogue
+from .data import SPLITS, TEXT, Corpus, Dialogue
 
 EMOTIONS = ("happy", "excited", "sad", "frustrated", "neutral", "surprised")
 CENTRAL = 0.35  # how much of the within-pair contrast text shows, relative to the others
@@ -34,15 +37,21 @@ class SyntheticConfig:
         cast: characters that the speakers are drawn from; each has a temperament of its own.
         inertia: mean probability that speakers stay in their mood.
         contagion: mean probability that speakers answer the other's emotion instead.
+        tone: mean probability that speakers take the tone of the topic instead.
+        topics: topics that all dialogues draw from; each has a direction of its own in the text.
+        topics_per_dialogue: fewest and most topics of a dialogue, inclusive.
         text_dim: width of the text features.
         audio_dim: width of the audio features.
         visual_dim: width of the visual features.
         text_snr: signal-to-noise ratio of the text features against white noise, in dB.
         audio_snr: the same for audio.
         visual_snr: the same for visual features.
+        topic: power of the topic in the text features, in dB relative to the emotion's signal.
         background: power of the shared background episodes in audio and visual features, in dB
             relative to the emotion's signal.
         identity: power of the speaker's own voice and face, in dB relative to the signal.
+        channel: power of what a whole recording has in common (room, microphone, light), in dB
+            relative to the signal.
     """
 
     seed: int = 0
@@ -50,19 +59,24 @@ class SyntheticConfig:
     utterances: tuple[int, int] = (40, 120)
     speakers: tuple[int, int] = (2, 5)
     cast: int = 40
-    inertia: float = 0.5
-    contagion: float = 0.35
+    inertia: float = 0.3
+    contagion: float = 0.2
+    tone: float = 0.35
+    topics: int = 20
+    topics_per_dialogue: tuple[int, int] = (3, 6)
     text_dim: int = 96
     audio_dim: int = 64
     visual_dim: int = 64
     text_snr: float = -8.0
     audio_snr: float = -8.0
     visual_snr: float = -10.0
+    topic: float = 6.0
     background: float = 6.0
     identity: float = 3.0
+    channel: float = 12.0
 
     def __post_init__(self) -> None:
-        for name in ("utterances", "speakers"):
+        for name in ("utterances", "speakers", "topics_per_dialogue"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise ValueError(
@@ -70,16 +84,18 @@ class SyntheticConfig:
                 )
         if min(self.dialogues) < 1:
             raise ValueError(f"dialogues must be at least 1 in each split, got {self.dialogues}")
-        if self.cast < self.speakers[1]:
-            raise ValueError(
-                f"cast must be at least speakers[1]={self.speakers[1]}, got {self.cast}"
-            )
-        for name in ("inertia", "contagion"):
+        for name, of in (("cast", "speakers"), ("topics", "topics_per_dialogue")):
+            most = getattr(self, of)[1]
+            if getattr(self, name) < most:
+                raise ValueError(
+                    f"{name} must be at least {of}[1]={most}, got {getattr(self, name)}"
+                )
+        for name in ("inertia", "contagion", "tone"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.inertia + self.contagion > 1:
-            total = self.inertia + self.contagion
-            raise ValueError(f"inertia + contagion must be at most 1, got {total}")
+        total = self.inertia + self.contagion + self.tone
+        if total > 1:
+            raise ValueError(f"inertia + contagion + tone must be at most 1, got {total}")
         for name in ("text_dim", "audio_dim", "visual_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -94,10 +110,13 @@ def generate(config: SyntheticConfig) -> Corpus:
     generator = np.random.default_rng(config.seed)
     cast = _Cast.draw(config, generator)
     codes = _codes(config, generator)
+    topics = generator.standard_normal((config.topics, config.text_dim))
     splits = {}
     for split, count in zip(SPLITS, config.dialogues, strict=True):
         names = [f"{split}-{index:04d}" for index in range(count)]
-        splits[split] = tuple(_dialogue(name, config, cast, codes, generator) for name in names)
+        splits[split] = tuple(
+            _dialogue(name, config, cast, codes, topics, generator) for name in names
+        )
     note = f"generated by rdfkern (seed {config.seed}); not recorded from people"
     return Corpus("built-in", EMOTIONS, splits, {name: note for name in codes})
 
@@ -106,8 +125,7 @@ def generate(config: SyntheticConfig) -> Corpus:
 class _Cast:
     """Temperaments of the characters and how they look and sound."""
 
-    inertia: np.ndarray  # [cast]
-    contagion: np.ndarray  # [cast]
+    habits: np.ndarray  # [cast, 3], probabilities of keeping a mood, answering, taking the tone
     temperament: np.ndarray  # [cast, classes], rows sum to 1
     answer: np.ndarray  # [cast, classes], the emotion with which they answer another's
     identity: dict[str, np.ndarray]  # modality: [cast, dim]
@@ -115,21 +133,17 @@ class _Cast:
     @classmethod
     def draw(cls, config: SyntheticConfig, generator: np.random.Generator) -> _Cast:
         classes = len(EMOTIONS)
-        spread = generator.uniform(0.7, 1.3, (2, config.cast))
-        inertia, contagion = config.inertia * spread[0], config.contagion * spread[1]
-        excess = np.maximum(1.0, inertia + contagion)
+        means = np.array([config.inertia, config.contagion, config.tone])
+        habits = means * generator.uniform(0.7, 1.3, (config.cast, 3))
         mirror = np.arange(classes)
-        turned = np.roll(mirror, 2)
         contrary = generator.random(config.cast) < 0.5
-        power = 10 ** (config.identity / 20)
         dims = {"audio": config.audio_dim, "visual": config.visual_dim}
         return cls(
-            inertia / excess,
-            contagion / excess,
+            habits / np.maximum(1.0, habits.sum(axis=1, keepdims=True)),
             generator.dirichlet(np.full(classes, 2.0), config.cast),
-            np.where(contrary[:, None], turned, mirror),
+            np.where(contrary[:, None], np.roll(mirror, 2), mirror),
             {
-                name: power * generator.standard_normal((config.cast, dim))
+                name: _amplitude(config.identity) * generator.standard_normal((config.cast, dim))
                 for name, dim in dims.items()
             },
         )
@@ -158,48 +172,63 @@ def _dialogue(
     config: SyntheticConfig,
     cast: _Cast,
     codes: dict[str, np.ndarray],
+    topics: np.ndarray,
     generator: np.random.Generator,
 ) -> Dialogue:
     length = int(generator.integers(config.utterances[0], config.utterances[1] + 1))
     present = int(generator.integers(config.speakers[0], config.speakers[1] + 1))
+    raised = int(
+        generator.integers(config.topics_per_dialogue[0], config.topics_per_dialogue[1] + 1)
+    )
     who = generator.choice(config.cast, present, replace=False)
-    speaker = who[_turns(length, present, generator)]  # [T]
-    emotion = _emotions(speaker, cast, generator)  # [T]
-    noise = {"text": config.text_snr, "audio": config.audio_snr, "visual": config.visual_snr}
+    speaker = who[_runs(length, present, 0.7, generator)]  # [T]
+    what = generator.choice(config.topics, raised, replace=False)
+    topic = _runs(length, raised, 0.2, generator)  # [T]
+    tone = generator.integers(len(EMOTIONS), size=raised)[topic]  # [T]
+    emotion = _emotions(speaker, tone, cast, generator)  # [T]
+    snr = {"text": config.text_snr, "audio": config.audio_snr, "visual": config.visual_snr}
     features = {}
     for modality, code in codes.items():
-        values = code[emotion] + 10 ** (-noise[modality] / 20) * generator.standard_normal(
-            (length, code.shape[1])
-        )
-        if modality in cast.identity:
+        shape = (length, code.shape[1])
+        values = code[emotion] + _amplitude(-snr[modality]) * generator.standard_normal(shape)
+        if modality == TEXT:
+            values += _amplitude(config.topic) * topics[what[topic]]
+        else:
             values += cast.identity[modality][speaker]
-            values += 10 ** (config.background / 20) * _background(length, code.shape[1], generator)
+            values += _amplitude(config.channel) * generator.standard_normal(code.shape[1])
+            values += _amplitude(config.background) * _background(*shape, generator)
         features[modality] = values.astype(np.float32)
     return Dialogue(name, tuple(f"character-{index:02d}" for index in speaker), emotion, features)
 
 
-def _turns(length: int, present: int, generator: np.random.Generator) -> np.ndarray:
-    """Speaker of each utterance: the floor mostly passes to somebody else, (T,) int."""
-    turns = np.zeros(length, np.int64)
+def _amplitude(decibel: float) -> float:
+    return 10 ** (decibel / 20)
+
+
+def _runs(length: int, count: int, change: float, generator: np.random.Generator) -> np.ndarray:
+    """Which of `count` has the floor at each step; it passes on with probability `change`, (T,)."""
+    runs = np.zeros(length, np.int64)
     for step in range(1, length):
-        if present > 1 and generator.random() < 0.7:
-            turns[step] = (turns[step - 1] + generator.integers(1, present)) % present
-        else:
-            turns[step] = turns[step - 1]
-    return turns
+        passes = count > 1 and generator.random() < change
+        runs[step] = (runs[step - 1] + (generator.integers(1, count) if passes else 0)) % count
+    return runs
 
 
-def _emotions(speaker: np.ndarray, cast: _Cast, generator: np.random.Generator) -> np.ndarray:
-    """Emotion of each utterance by its speaker's dynamics, (T,) int64."""
+def _emotions(
+    speaker: np.ndarray, tone: np.ndarray, cast: _Cast, generator: np.random.Generator
+) -> np.ndarray:
+    """Emotion of each utterance by its speaker's dynamics and its topic's tone, (T,) int64."""
     emotion = np.zeros(len(speaker), np.int64)
-    mood: dict[int, int] = {}
+    mood: dict[int, int] = {}  # in the order in which people spoke last
     for step, who in enumerate(speaker):
         others = [felt for person, felt in mood.items() if person != who]
-        draw = generator.random()
-        if who in mood and draw < cast.inertia[who]:
+        habit = int(np.searchsorted(cast.habits[who].cumsum(), generator.random(), side="right"))
+        if habit == 0 and who in mood:
             emotion[step] = mood[who]
-        elif others and draw < cast.inertia[who] + cast.contagion[who]:
+        elif habit == 1 and others:
             emotion[step] = cast.answer[who][others[-1]]
+        elif habit == 2:
+            emotion[step] = tone[step]
         else:
             emotion[step] = generator.choice(len(EMOTIONS), p=cast.temperament[who])
         mood.pop(who, None)

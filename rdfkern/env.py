@@ -1,4 +1,4 @@
-"""`python -m rdfkern.env [--json]`: versions, devices, and which implementation can run and why not.
+"""`python -m rdfkern.env [--json]`: versions, devices, which implementation can run and why not.
 
 Whatever is missing or broken becomes a line of the report instead of an error, so that the report
 can always go into an issue.

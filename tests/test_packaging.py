@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(folder), str(ROOT)]
+    pip = [sys.executable, "-m", "pip"]
+    command = [*pip, "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode and "No matching distribution" in done.stderr:
         pytest.skip("pip cannot reach an index to fetch the build backend")

@@ -159,7 +159,6 @@ def explain(op: str, *inputs: Any, **options: Any) -> str:
     return "\n".join(lines)
 
 
-@torch.compiler.assume_constant_result
 def _import(module: str, function: str) -> None:
     # Compiled code may not call import_module, nor take a function from here: it finds it by name.
     if (module, function) not in _imported:
@@ -167,12 +166,17 @@ def _import(module: str, function: str) -> None:
         _imported[module, function] = getattr(imported, function)
 
 
-@torch.compiler.assume_constant_result
 def _outer_request() -> str:
     requested = _requested.get()
     if requested != "auto":
         return requested
     return _check_choice(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+
+
+# What torch.compiler.assume_constant_result sets. Calling it would import the compiler, and with
+# it Triton, when this package is imported.
+_import._dynamo_marked_constant = True
+_outer_request._dynamo_marked_constant = True
 
 
 def _resolve_request(impl: str) -> str:

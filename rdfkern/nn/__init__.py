@@ -1,7 +1,8 @@
 """Modules around the operations."""
 
-from .attention import DiffTransformerEncoderLayer, MultiheadDiffAttention
+from .attention import MultiheadDiffAttention
 from .diffusion import TextGuidedDiffusion
+from .encoder_layer import DiffTransformerEncoderLayer
 from .relation import RelationAttention, RelationConv
 
 __all__ = [

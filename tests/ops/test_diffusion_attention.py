@@ -128,6 +128,14 @@ def test_error_within_budget(impl, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reference_rounds_half_types_once(dtype):
+    inputs = random_inputs(1, 2, 9, 4, 3, dtype)
+    options = {"steps": 5, "restart": 0.2, "impl": "reference"}
+    wide = rdfkern.diffusion_attention(*(x.float() for x in inputs), **options)
+    assert torch.equal(rdfkern.diffusion_attention(*inputs, **options), wide.to(dtype))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("lengths", [[4, 1, 6], [0, 3, 0], [5], [], [0]])
 @pytest.mark.parametrize("window", [None, (1, 2)])

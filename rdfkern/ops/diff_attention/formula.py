@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..masks import band_mask
+from ..._backends.autocast import without_autocast
+from ..masks import band_mask, masked_softmax
 
 Coefficient = float | Tensor
 
@@ -82,3 +83,41 @@ def normalise_heads(
         return out
     out = out * torch.rsqrt(out.square().mean(dim=-1, keepdim=True) + norm_eps) * out_scale
     return out if norm_weight is None else out * norm_weight.to(out.dtype)
+
+
+def difference_of_maps(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    lam: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+) -> Tensor:
+    """A1 - lam · A2 itself, (B, H, Lq, Lk) of q1's dtype, for who wants to look at it.
+
+    Dense arguments of `rdfkern.diff_attention`, already validated, with as many kv as query heads,
+    a scalar lam and an attn_mask of four dimensions.
+    """
+    compute = compute_dtype(q1.dtype)
+    boolean, bias = split_mask(attn_mask)
+    visible = visible_keys(
+        q1.shape[2],
+        k1.shape[2],
+        attn_mask=boolean,
+        key_padding_mask=key_padding_mask,
+        is_causal=is_causal,
+        window=window,
+        device=q1.device,
+    )
+    scale = q1.shape[-1] ** -0.5
+    with without_autocast(q1.device.type):
+        scores = [
+            masked_scores(q.to(compute), k.to(compute), scale=scale, bias=bias, visible=visible)
+            for q, k in ((q1, k1), (q2, k2))
+        ]
+        first, second = (masked_softmax(score, None) for score in scores)
+        return (first - lam * second).to(q1.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..._backends.autocast import autocast_inputs, without_autocast
@@ -13,6 +12,8 @@ from ..._backends.checks import (
     check_device,
     check_floating,
     check_max_seqlen,
+    check_number,
+    check_padding_mask,
     check_shape,
     check_window,
 )
@@ -103,17 +104,17 @@ def _validate(
     elif max_seqlen is not None:
         raise ValueError(f"max_seqlen needs cu_seqlens (packed inputs), got {max_seqlen} alone")
     if key_padding_mask is not None:
-        _check_key_padding_mask(key_padding_mask, q, packed)
+        shape, spelled = (q.shape[:1], "(T,)") if packed else ((q.shape[0], q.shape[2]), "(B, L)")
+        check_padding_mask(key_padding_mask, tuple(shape), spelled, "q", q)
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"steps must be an integer, got {steps!r}")
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
-    if not isinstance(restart, int | float) or isinstance(restart, bool):
-        raise TypeError(f"restart must be a number, got {restart!r}")
+    check_number("restart", restart)
     if not 0.0 <= restart <= 1.0:
         raise ValueError(f"restart must be in [0, 1], got {restart}")
-    if scale is not None and (not isinstance(scale, int | float) or isinstance(scale, bool)):
-        raise TypeError(f"scale must be None or a number, got {scale!r}")
+    if scale is not None:
+        check_number("scale", scale)
     return {
         "q": q,
         "k": k,
@@ -137,15 +138,6 @@ def _check_shapes(q: Tensor, k: Tensor, z0: Tensor, packed: bool) -> None:
         raise ValueError(f"q must have a head dim D of at least 1, got {tuple(q.shape)}")
     check_shape("k", k, tuple(q.shape), f"{spelled} of q")
     check_shape("z0", z0, (*q.shape[:-1], None), spelled.replace("D", "Dz"))
-
-
-def _check_key_padding_mask(mask: Tensor, q: Tensor, packed: bool) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = getattr(mask, "dtype", type(mask).__name__)
-        raise TypeError(f"key_padding_mask must be a bool tensor (True is padding), got {got}")
-    shape, spelled = (q.shape[:1], "(T,)") if packed else ((q.shape[0], q.shape[2]), "(B, L)")
-    check_shape("key_padding_mask", mask, tuple(shape), spelled)
-    check_device("key_padding_mask", mask, "q", q)
 
 
 OPERATION = register(

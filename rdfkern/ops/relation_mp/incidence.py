@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SUM = 0  # as aten numbers the modes of embedding_bag
+
 
 @dataclass(eq=False)
 class Incidence:
@@ -101,6 +103,16 @@ def _embedding_bag(x: Tensor, weight: Tensor | None, incidence: Incidence) -> Te
 
 def _entry_products(by_row: Tensor, by_col: Tensor, incidence: Incidence) -> Tensor:
     """(E,) inner products of by_row[row] and by_col[col]."""
-    return torch.linalg.vecdot(
-        by_row.index_select(0, incidence.row), by_col.index_select(0, incidence.col)
+    if torch.is_grad_enabled() or incidence.col.numel() == 0 or by_row.shape[1] == 0:
+        return torch.linalg.vecdot(
+            by_row.index_select(0, incidence.row), by_col.index_select(0, incidence.col)
+        )
+    # What autograd itself calls for the weights of a bag: no gathered rows, but no derivative.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        by_row.contiguous(),
+        by_col.contiguous(),
+        incidence.col,
+        incidence.offsets,
+        incidence.row,
+        _SUM,
     )
