@@ -1,9 +1,10 @@
 """Native libraries: compiled once per machine, at first use and never at import, kept by content.
 
-A library is identified by everything that goes into it: sources, flags (the instruction set is one
-of them), compiler and torch. Whoever finds its file loads it; otherwise one process builds it
-under a file lock while the others wait. A failure is remembered for the rest of the process, so
-that it costs one attempt and one warning.
+A library is identified by what goes into it: sources, flags (the instruction set is one of them),
+torch and the machine's architecture. The compiler is not part of that, so that a cache filled by
+`python -m rdfkern.build` serves a machine without one. Whoever finds the file loads it; otherwise
+one process builds it under a file lock while the others wait. A failure is remembered for the rest
+of the process, so that it costs one attempt and one warning.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
-from ..csrc import ROOT
-
+LIBRARIES = ("cpu",)
 LOCK_TIMEOUT = 600
 BUILD_TIMEOUT = 300
 X86_FLAGS = {
@@ -36,7 +36,7 @@ X86_FLAGS = {
     ),
     "AVX2": "-mavx2 -mfma -mf16c",
 }
-COMMON_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wno-psabi"
+FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wno-psabi"
 # 2.11, the oldest torch that rdfkern supports: the library then loads in every later one.
 TARGET_VERSION = "0x020b000000000000"
 
@@ -50,54 +50,49 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one library is made of, and so what its name in the cache stands for."""
+    """What one library is made of, and so what its place in the cache stands for."""
 
     name: str
-    compiler: str
     flags: tuple[str, ...]
     link_flags: tuple[str, ...]
     sources: tuple[Path, ...]
     headers: tuple[Path, ...]
 
-    @property
-    def key(self) -> str:
-        digest = hashlib.sha256()
-        compiler = _compiler_version(self.compiler)
-        parts = [torch.__version__, platform.machine(), compiler, *self.flags, *self.link_flags]
+    @cached_property
+    def folder(self) -> Path:
+        """The library's own folder in the cache."""
+        parts = [torch.__version__, platform.machine(), *self.flags, *self.link_flags]
         for path in (*self.sources, *self.headers):
             parts += [path.name, path.read_text()]
-        for part in parts:
-            digest.update(part.encode() + b"\0")
-        return digest.hexdigest()[:16]
+        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        return cache_root() / f"{self.name}-{digest[:16]}"
 
-    def commands(self, folder: Path) -> tuple[list[list[str]], list[str]]:
-        """(one compilation per source, the link) with all results in `folder`."""
+    def commands(self, compiler: str, folder: Path) -> tuple[list[list[str]], list[str]]:
+        """(one compilation per source, the link), with all results in `folder`."""
         objects = [str(folder / f"{source.stem}.o") for source in self.sources]
-        compile_all = [
-            [self.compiler, *self.flags, "-c", str(source), "-o", target]
+        compilations = [
+            [compiler, *self.flags, "-c", str(source), "-o", target]
             for source, target in zip(self.sources, objects, strict=True)
         ]
         library = str(folder / f"{self.name}.so")
-        return compile_all, [self.compiler, "-shared", *objects, *self.link_flags, "-o", library]
+        return compilations, [compiler, "-shared", *objects, *self.link_flags, "-o", library]
 
 
 def unavailable(name: str, *, build: bool) -> str | None:
-    """Why the library cannot be used, or None where it is loaded, cached or can be built.
+    """Why the library cannot be used, or None where it can.
 
     Args:
-        name: `cpu`.
-        build: build and load it now, so that the answer is certain. Otherwise nothing is compiled.
+        name: one of `LIBRARIES`.
+        build: build and load it now, so that None is certain. Otherwise nothing is compiled, and
+            None may also mean that the first use will try to.
     """
-    if build:
+    if build or name in _outcomes:
         return _outcome(name)
-    if name in _outcomes:
-        return _outcomes[name]
     try:
-        recipe = _recipe(name)
+        if not (recipe(name).folder / f"{name}.so").exists():
+            _compiler()
     except BuildError as error:
         return str(error)
-    if not (_folder(recipe) / f"{name}.so").exists() and not _may_build():
-        return "it is not built yet, and RDFKERN_JIT=0 forbids to build it"
     return None
 
 
@@ -116,7 +111,7 @@ def load(name: str) -> None:
 def _outcome(name: str) -> str | None:
     if name not in _outcomes:
         try:
-            _load_library(_recipe(name))
+            _load(name)
             _outcomes[name] = None
         except BuildError as error:
             _outcomes[name] = str(error)
@@ -124,66 +119,107 @@ def _outcome(name: str) -> str | None:
     return _outcomes[name]
 
 
+def _load(name: str) -> None:
+    library = build(name)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise BuildError(f"{library} does not load: {error.__cause__ or error}") from None
+
+
 def build(name: str) -> Path:
-    """Build the library unless it is cached; returns its file.
+    """The library's file, built unless an intact one is cached.
 
     Raises:
         BuildError: there is no compiler, it failed, or RDFKERN_JIT=0 forbids to use it.
     """
-    recipe = _recipe(name)
-    folder = _folder(recipe)
-    library = folder / f"{name}.so"
-    if library.exists():
+    made_of = recipe(name)
+    library = made_of.folder / f"{name}.so"
+    if _is_intact(library):
         return library
-    if not _may_build():
-        raise BuildError("it is not built yet, and RDFKERN_JIT=0 forbids to build it")
-    with _exclusive(folder):
-        if not library.exists():
-            _compile(recipe, library)
+    compiler = _compiler()
+    library = _writable(made_of.folder) / library.name
+    with _exclusive(library.parent):
+        if not _is_intact(library):
+            if library.exists():
+                logger.warning("%s is damaged, building it again", library)
+                os.replace(library, library.with_suffix(".damaged"))
+            _compile(made_of, compiler, library)
     return library
 
 
-def clean() -> None:
-    """Remove every cached library."""
-    shutil.rmtree(_cache_root(), ignore_errors=True)
+def recipe(name: str) -> Recipe:
+    """How the library is made on this machine, for this torch."""
+    if platform.system() != "Linux":
+        raise BuildError(f"native kernels are built on Linux only, this is {platform.system()}")
+    # Here, because in a checkout the package can only be found once rdfkern is imported.
+    from ..csrc import ROOT
+
+    sources = tuple(sorted((ROOT / name).glob("*.cpp")))
+    if not sources:
+        raise BuildError(f"the installation is incomplete: no sources in {ROOT / name}")
+    torch_folder = Path(torch.__file__).parent
+    instructions = ""
+    if platform.machine() == "x86_64":
+        instructions = X86_FLAGS.get(torch.backends.cpu.get_cpu_capability(), "")
+    return Recipe(
+        name=name,
+        flags=(
+            *FLAGS.split(),
+            *instructions.split(),
+            f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            f"-I{torch_folder / 'include'}",
+        ),
+        link_flags=(f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
+        sources=sources,
+        headers=tuple(sorted((ROOT / name).glob("*.h"))),
+    )
 
 
-def _load_library(recipe: Recipe) -> None:
-    library = build(recipe.name)
+def cache_root() -> Path:
+    """RDFKERN_CACHE_DIR, or `rdfkern` in the user's cache folder."""
+    if chosen := os.environ.get("RDFKERN_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "rdfkern"
+
+
+def _is_intact(library: Path) -> bool:
+    """The file has the checksum written beside it: loading half a file can kill the process."""
     try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        if not _may_build():
-            raise BuildError(f"{library} does not load: {_reason(error)}") from None
-        logger.warning("%s does not load, building it again: %s", library, _reason(error))
-        with _exclusive(library.parent), contextlib.suppress(FileNotFoundError):
-            os.replace(library, library.with_suffix(".broken"))
-        try:
-            torch.ops.load_library(build(recipe.name))
-        except OSError as second:
-            raise BuildError(f"{library} does not load: {_reason(second)}") from None
+        expected = library.with_suffix(".sha256").read_text()
+        return hashlib.sha256(library.read_bytes()).hexdigest() == expected
+    except OSError:
+        return False
 
 
-def _reason(error: OSError) -> str:
-    return str(error.__cause__ or error).strip()
+def _compiler() -> str:
+    if os.environ.get("RDFKERN_JIT", "1") == "0":
+        raise BuildError("it is not built yet, and RDFKERN_JIT=0 forbids to build it")
+    compiler = os.environ.get("CXX") or "c++"
+    if shutil.which(compiler) is None:
+        raise BuildError(f"no C++ compiler: {compiler} is not on PATH; install one or set CXX")
+    return compiler
 
 
-def _compile(recipe: Recipe, library: Path) -> None:
-    logger.info("building %s kernels (once, some seconds)", recipe.name)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
-        compile_all, link = recipe.commands(Path(scratch))
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(max(1, jobs)) as pool:
-            for _ in pool.map(_run, compile_all):
-                pass
+def _compile(made_of: Recipe, compiler: str, library: Path) -> None:
+    logger.info("building the %s kernels (once, some seconds)", made_of.name)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        compilations, link = made_of.commands(compiler, Path(folder))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            list(pool.map(_run, compilations))
         _run(link)
-        # Readers see the whole file or none.
-        os.replace(Path(scratch) / library.name, library)
+        built = Path(folder) / library.name
+        checksum = built.with_suffix(".sha256")
+        checksum.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        # The library comes last and at once: whoever sees it can use it.
+        os.replace(checksum, library.with_suffix(".sha256"))
+        os.replace(built, library)
 
 
 def _run(command: list[str]) -> None:
     spelled = shlex.join(command)
-    if os.environ.get("RDFKERN_JIT_VERBOSE", "0") not in ("", "0"):
+    if os.environ.get("RDFKERN_JIT_VERBOSE", "0") != "0":
         logger.warning("%s", spelled)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT)
@@ -191,89 +227,35 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{error} in: {spelled}") from None
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        first = next((line for line in lines if "error" in line.lower()), (lines or ["no output"])[0])
-        raise BuildError(f"{first.strip()} in: {spelled}")
+        errors = [line for line in lines if "error" in line.lower()]
+        first = (errors or lines or [f"exit status {done.returncode}"])[0].strip()
+        raise BuildError(f"{first} in: {spelled}")
 
 
-def _recipe(name: str) -> Recipe:
-    compiler = os.environ.get("CXX") or "c++"
-    if shutil.which(compiler) is None:
-        raise BuildError(f"no C++ compiler: {compiler} is not on PATH; install one or set CXX")
-    if platform.system() != "Linux":
-        raise BuildError(f"native kernels are built on Linux only, this is {platform.system()}")
-    torch_folder = Path(torch.__file__).parent
-    instructions = ""
-    if platform.machine() == "x86_64":
-        instructions = X86_FLAGS.get(torch.backends.cpu.get_cpu_capability(), "")
-    flags = [
-        *COMMON_FLAGS.split(),
-        *instructions.split(),
-        f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        f"-I{torch_folder / 'include'}",
-    ]
-    folder = ROOT / name
-    sources = tuple(sorted(folder.glob("*.cpp")))
-    if not sources:
-        raise BuildError(f"the installation is incomplete: no sources in {folder}")
-    return Recipe(
-        name,
-        compiler,
-        tuple(flags),
-        (f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
-        sources,
-        tuple(sorted(folder.glob("*.h"))),
-    )
-
-
-@cache
-def _compiler_version(compiler: str) -> str:
-    try:
-        answer = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler} does not answer: {error}") from None
-    return answer.stdout
-
-
-def _may_build() -> bool:
-    return os.environ.get("RDFKERN_JIT", "1") != "0"
-
-
-def _cache_root() -> Path:
-    if chosen := os.environ.get("RDFKERN_CACHE_DIR"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "rdfkern"
-
-
-def _folder(recipe: Recipe) -> Path:
-    """The library's own folder in the cache, or in a private one where the cache is read-only."""
-    folder = _cache_root() / recipe.key
-    if (folder / f"{recipe.name}.so").exists():
-        return folder
+def _writable(folder: Path) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        logger.info("cache %s is not writable (%s), using a temporary folder", folder, error)
-        folder = _private_root() / recipe.key
-        folder.mkdir(exist_ok=True)
-        return folder
+        logger.info("%s is not writable (%s), building in a temporary folder", folder, error)
+        private = Path(_private_root().name) / folder.name
+        private.mkdir(exist_ok=True)
+        return private
 
 
 @cache
-def _private_root() -> Path:
-    return Path(tempfile.mkdtemp(prefix="rdfkern-"))
+def _private_root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="rdfkern-")
 
 
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    # The kernel releases the lock of a process that dies, so no lock is ever stale.
+    # The operating system drops the lock of a process that dies: no lock is ever stale.
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(folder / ".lock", timeout=LOCK_TIMEOUT):
+        with FileLock(folder / "lock", timeout=LOCK_TIMEOUT):
             yield
     except Timeout:
         raise BuildError(

@@ -207,42 +207,32 @@ class _DiffAttention(torch.autograd.Function):
 
 
 @torch.library.impl("rdfkern::diff_attn_fwd", ("cpu", "cuda"))
-def _forward(
-    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    alpha, options = arguments[0], _options(arguments[1:])
-    impl = options.pop("impl")
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, rest = arguments[:7], arguments[7:]
+    q1, v = inputs[0], inputs[4]
     if q1.numel() == 0 or v.numel() == 0:
-        out, lse, o2, o = empty_outputs(
-            q1, v, options["norm_eps"], options["cu_seqlens_q"], impl
-        )
+        out, lse, o2, o = _fake_forward(*arguments)
         return out.zero_(), lse.fill_(float("-inf")), o2.zero_(), o.zero_()
-    out, lse, o2, o = _kernels(impl).forward(q1, k1, q2, k2, v, lam, alpha, **options)
-    return out, lse, o2, v.new_empty(0) if o is None else o
+    kernels, options = _chosen(rest)
+    out, lse, o2, o = kernels.forward(*inputs, **options)
+    return out, lse, o2, v.new_empty(0, dtype=o2.dtype) if o is None else o
 
 
 @torch.library.impl("rdfkern::diff_attn_bwd", ("cpu", "cuda"))
 def _backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs, saved = arguments[:7], arguments[7:11]
-    *rest, deterministic = arguments[11:]
-    options = _options(tuple(rest))
-    impl = options.pop("impl")
+    inputs, saved, rest = arguments[:7], arguments[7:11], arguments[11:-1]
     q1, v = inputs[0], inputs[4]
     if q1.numel() == 0 or v.numel() == 0:
-        gradients = _empty_gradients(inputs, options["norm_weight"], options["cu_seqlens_q"])
-        return tuple(gradient.zero_() for gradient in gradients)
-    gradients = _kernels(impl).backward(
-        grad_out, *inputs, *saved, **options, deterministic=deterministic
-    )
+        return tuple(gradient.zero_() for gradient in _fake_backward(grad_out, *arguments))
+    kernels, options = _chosen(rest)
+    gradients = kernels.backward(grad_out, *inputs, *saved, **options, deterministic=arguments[-1])
     return tuple(v.new_empty(0, dtype=lse_dtype(v)) if g is None else g for g in gradients)
 
 
 @torch.library.register_fake("rdfkern::diff_attn_fwd")
 def _fake_forward(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *arguments: Any):
     options = _options(arguments[2:])
-    return empty_outputs(
-        q1, v, options["norm_eps"], options["cu_seqlens_q"], options["impl"]
-    )
+    return empty_outputs(q1, v, options["norm_eps"], options["cu_seqlens_q"], options["impl"])
 
 
 @torch.library.register_fake("rdfkern::diff_attn_bwd")
@@ -274,7 +264,7 @@ def empty_outputs(
     lse = q1.new_empty((2, *q1.shape[:3]), dtype=wide)
     o2 = empty_like_rows(q1, width, packed, rows_dtype)
     if norm_eps is None and rows_dtype == v.dtype:
-        return out, lse, o2, v.new_empty(0)
+        return out, lse, o2, v.new_empty(0, dtype=rows_dtype)
     return out, lse, o2, torch.empty_like(o2)
 
 
@@ -291,11 +281,13 @@ def _empty_gradients(
 
 def _options(values: tuple[Any, ...]) -> dict[str, Any]:
     names = [part.split()[-1] for part in OPTIONS.split(", ")]
-    options = dict(zip(names, values, strict=True))
-    if isinstance(options["seed"], Tensor):
+    return dict(zip(names, values, strict=True))
+
+
+def _chosen(values: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+    """(kernel module, its options, the seed as a number)."""
+    options = _options(values)
+    module = importlib.import_module(KERNELS[options.pop("impl")], package=__package__)
+    if options["seed"] is not None:
         options["seed"] = int(options["seed"])
-    return options
-
-
-def _kernels(impl: str) -> Any:
-    return importlib.import_module(KERNELS[impl], package=__package__)
+    return module, options
