@@ -232,15 +232,15 @@ class Backward {
     const int64_t value_dim = problem_.value_dim;
     double squares = 0, overlap = 0;
     for (int64_t d = 0; d < value_dim; ++d) squares += double(o[d]) * o[d];
-    const float inverse = 1.0f / std::sqrt(float(squares / value_dim + problem_.norm_eps));
+    const double inverse = 1.0 / std::sqrt(squares / value_dim + problem_.norm_eps);
     for (int64_t d = 0; d < value_dim; ++d) {
       const float scaled = problem_.out_scale * grad[d];
-      if (norm_partial) norm_partial[d] += scaled * o[d] * inverse;
+      if (norm_partial) norm_partial[d] += float(scaled * (o[d] * inverse));
       grad[d] = problem_.norm_weight ? scaled * problem_.norm_weight[d] : scaled;
       overlap += double(grad[d]) * o[d];
     }
-    const float shared = inverse * inverse * float(overlap / value_dim);
-    for (int64_t d = 0; d < value_dim; ++d) grad[d] = inverse * (grad[d] - o[d] * shared);
+    const double shared = inverse * inverse * (overlap / value_dim);
+    for (int64_t d = 0; d < value_dim; ++d) grad[d] = float(inverse * (grad[d] - o[d] * shared));
   }
 
   void add_block(const Panel& panel, PanelRows& rows, const KeyBlock& block,
@@ -312,6 +312,18 @@ class Backward {
     }
   }
 
+  // In parts, which rounds less than one long sum.
+  template <class Term>
+  static Vec sum_over(int64_t count, const Term& term) {
+    Vec total = {};
+    for (int64_t first = 0; first < count; first += 16) {
+      Vec part = {};
+      for (int64_t j = first; j < std::min(count, first + 16); ++j) part += term(j);
+      total += part;
+    }
+    return total;
+  }
+
   // The same where every key is at hand: softmax and D anew, by the arithmetic of plain softmax. With
   // few keys dP - D nearly cancels, and a D from saved rows would leave their rounding.
   template <bool DROPOUT>
@@ -322,23 +334,21 @@ class Backward {
       Vec inverse[2], delta[2];
       for (int map = 0; map < 2; ++map) {
         float* const column = tiles[map] + i;
-        Vec top = broadcast(-kInfinity), total = {}, product = {};
+        Vec top = broadcast(-kInfinity);
         for (int64_t j = 0; j < keys; ++j) top = maximum(top, load(column + j * kPanelStride));
         const Vec base = top == -kInfinity ? Vec{} : top * factor;
-        for (int64_t j = 0; j < keys; ++j) {
+        const Vec total = sum_over(keys, [&](int64_t j) {
           const Vec p = exp2(load(column + j * kPanelStride) * factor - base);
-          total += p;
           store(column + j * kPanelStride, p);
-        }
+          return p;
+        });
         inverse[map] = top == -kInfinity ? Vec{} : 1.0f / total;
-        for (int64_t j = 0; j < keys; ++j) {
+        delta[map] = sum_over(keys, [&](int64_t j) {
           const int64_t at = j * kPanelStride + i;
-          const Vec p = load(tiles[map] + at) * inverse[map];
           Vec grad = load(tiles[2] + at);
           if constexpr (DROPOUT) grad *= load(tiles[3 + map] + at);
-          product += p * grad;
-        }
-        delta[map] = product;
+          return load(tiles[map] + at) * inverse[map] * grad;
+        });
       }
       const Vec alpha = load(rows.alpha + i), lam = load(rows.lam + i);
       const Vec scaled_alpha = alpha * problem_.scale, scaled_lam = lam * problem_.scale;

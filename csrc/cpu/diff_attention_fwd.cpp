@@ -216,9 +216,9 @@ class Forward {
                   row);
       if (problem_.has_norm()) {
         const double mean = double(sum(squares)) / double(problem_.value_dim);
-        const float factor = problem_.out_scale / std::sqrt(float(mean + problem_.norm_eps));
+        const double factor = problem_.out_scale / std::sqrt(mean + problem_.norm_eps);
         for (int64_t d = 0; d < problem_.value_dim; ++d)
-          row[d] *= problem_.norm_weight ? factor * problem_.norm_weight[d] : factor;
+          row[d] = float(row[d] * factor * (problem_.norm_weight ? problem_.norm_weight[d] : 1.0f));
       }
       write_row(outputs_.out.at(batch, panel.head, at), outputs_.out.type, problem_.value_dim,
                 row);

@@ -7,6 +7,7 @@
 namespace rdfkern {
 
 constexpr int kTileRows = 6;
+constexpr int64_t kInner = 64;  // longest sum in one register before it joins C
 
 enum class Order { kRows, kColumns };  // A[i][k] at i * lda + k, or at k * lda + i
 enum class Update { kOverwrite, kAdd, kRescale };  // kRescale: row i of C times beta[i] first
@@ -64,6 +65,12 @@ template <Order ORDER, Update UPDATE>
 __attribute__((noinline)) void gemm(
     int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
     int64_t ldb, float* c, int64_t ldc, const float* beta = nullptr) {
+  if constexpr (UPDATE == Update::kAdd)
+    for (; inner > kInner; inner -= kInner) {
+      gemm<ORDER, UPDATE>(rows, columns, kInner, a, lda, b, ldb, c, ldc);
+      a += kInner * (ORDER == Order::kRows ? 1 : lda);
+      b += kInner * ldb;
+    }
   auto run = [&](auto tile_vectors) {
     constexpr int VECTORS = decltype(tile_vectors)::value;
     for (; columns >= VECTORS * kLanes; columns -= VECTORS * kLanes) {

@@ -227,7 +227,7 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{error} in: {spelled}") from None
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
+        errors = [line for line in lines if "error:" in line]
         first = (errors or lines or [f"exit status {done.returncode}"])[0].strip()
         raise BuildError(f"{first} in: {spelled}")
 
