@@ -100,10 +100,10 @@ def backward(
         dalpha,
         dnorm_weight,
     )
-    gradients = [
-        g if g.shape == x.shape and g.dtype == x.dtype else _narrowed(g, x, packed)
-        for g, x in zip(gradients, inputs, strict=True)
-    ]
+    if chunks > 1:
+        # One after the other, so that no two wide gradients outlive their narrow copies.
+        for at, x in enumerate(inputs):
+            gradients[at] = _narrowed(gradients[at], x, packed)
     return *gradients, dlam, dalpha, dnorm_weight
 
 
@@ -118,6 +118,8 @@ def _chunks(k: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None) ->
 
 
 def _narrowed(padded: Tensor, x: Tensor, packed: bool) -> Tensor:
+    if padded.shape == x.shape and padded.dtype == x.dtype:
+        return padded
     gradient = op.empty_like_rows(x, x.shape[-1], packed, x.dtype)
     return gradient.copy_(padded[..., : x.shape[-1]])
 
