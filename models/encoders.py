@@ -175,4 +175,4 @@ class Denoiser(nn.Module):
         denoised = x
         for layer in self.layers:
             denoised = layer(denoised, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return self.filter(x + denoised)
+        return self.filter(denoised)

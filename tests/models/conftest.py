@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from rdfkern.models.config import NetworkConfig, TrainConfig
 from rdfkern.models.synthetic import SyntheticConfig
 

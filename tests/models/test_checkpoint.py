@@ -5,6 +5,8 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from rdfkern.models.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -14,7 +16,6 @@ from rdfkern.models.checkpoint import (
     with_prefix,
     write_json,
 )
-from safetensors.torch import load_file, save_file
 
 
 def tensors(fill=1.0):

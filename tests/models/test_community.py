@@ -8,6 +8,7 @@ from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
+
 from rdfkern.models.community import read_community
 from rdfkern.models.data import DataError
 from rdfkern.models.safe_pickle import load_restricted

@@ -9,10 +9,11 @@ import resource
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from rdfkern.models.corpus_format import read_corpus, write_corpus
 from rdfkern.models.data import UNLABELLED, Corpus, DataError, Dialogue
 from rdfkern.models.sources import RawDialogue, Utterance
-from safetensors.torch import load_file, save_file
 
 
 def dialogue(name, length, seed):

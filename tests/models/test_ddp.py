@@ -3,13 +3,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from rdfkern.models.checkpoint import read_json
 from rdfkern.models.data import Batch
 from rdfkern.models.processes import Processes
 from rdfkern.models.runs import load_data
 from rdfkern.models.train import run_training
 from rdfkern.models.trainer import Trainer
-from safetensors.torch import load_file
 
 
 def test_two_processes_equal_one(tiny_run, tiny_arguments, tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from rdfkern.models.checkpoint import read_json
 from rdfkern.models.evaluate import EvaluateConfig, main, run_evaluation
 from rdfkern.models.metrics import weighted_f1

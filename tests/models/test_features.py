@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
+
 from rdfkern.models import linear
 from rdfkern.models.data import UNLABELLED, Corpus, DataError, Dialogue
 from rdfkern.models.features import build_corpus, timing_features
 from rdfkern.models.linear import linear_baseline
 from rdfkern.models.sources import RawCorpus, RawDialogue, Utterance, read_meld
-from sklearn.metrics import f1_score
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+
+from rdfkern import RelationSpec, relation_conv
 from rdfkern.models.data import Dialogue, collate
 from rdfkern.models.graph import (
     NUM_RELATIONS,
@@ -8,8 +10,6 @@ from rdfkern.models.graph import (
     ModalRelations,
     speaker_graph,
 )
-
-from rdfkern import RelationSpec, relation_conv
 
 
 def batch_of(*speakers):

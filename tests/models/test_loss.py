@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+
 from rdfkern.models.loss import Objective, balanced_weights, combine_released
 from rdfkern.models.outputs import Outputs
 from rdfkern.models.released import released_loss
-from torch.nn import functional as F
 
 WEIGHTS = torch.tensor([0.5, 2.0, 1.0])
 

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+
 from rdfkern.models.data import DataError
 from rdfkern.models.metrics import bootstrap_interval, scores, weighted_f1
-from sklearn.metrics import f1_score
 
 PAIRS = st.lists(
     st.tuples(st.integers(-1, 4), st.integers(0, 4)).filter(lambda pair: pair != (-1, -1)),

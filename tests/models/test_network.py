@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from rdfkern.models import NetworkConfig, build_network
 from rdfkern.models.data import Dialogue, collate
 from rdfkern.models.encoders import Denoiser, sinusoidal_positions

@@ -9,6 +9,7 @@ import resource
 
 import numpy as np
 import pytest
+
 from rdfkern.models.corpus_format import read_corpus
 from rdfkern.models.data import DataError
 from rdfkern.models.prepare import detect_format, load_corpus, main

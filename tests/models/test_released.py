@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from rdfkern.models.data import Batch, Dialogue, collate
 from rdfkern.models.outputs import Outputs
 from rdfkern.models.released import VARIANTS, ReleasedReDiFu, released_loss

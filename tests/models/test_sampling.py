@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rdfkern.models.sampling import epoch_batches, fill_batches, shares
 from rdfkern.models.schedule import learning_rate_at, step_seed
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 
 import pytest
+
 from rdfkern.models.data import DataError
 from rdfkern.models.jsonlines import read_mrda
 from rdfkern.models.sources import (

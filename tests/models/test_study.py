@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from rdfkern.models import study as study_module
 from rdfkern.models.checkpoint import read_json
 from rdfkern.models.runs import load_model

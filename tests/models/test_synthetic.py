@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from rdfkern.models.synthetic import EMOTIONS, SyntheticConfig, generate
 
 SMALL = SyntheticConfig(dialogues=(12, 3, 4), utterances=(20, 60))

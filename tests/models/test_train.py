@@ -10,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from rdfkern.models import train as train_module
 from rdfkern.models.checkpoint import CheckpointError, load_checkpoint, read_json
 from rdfkern.models.config import TrainConfig, from_json
@@ -19,7 +21,6 @@ from rdfkern.models.processes import Processes
 from rdfkern.models.runs import load_data, load_model, narrow
 from rdfkern.models.train import main, run_training
 from rdfkern.models.trainer import Trainer, TrainingError, input_statistics
-from safetensors.torch import load_file
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
