@@ -107,7 +107,6 @@ def load(name: str) -> None:
         raise BuildError(reason)
 
 
-@torch.compiler.assume_constant_result
 def _outcome(name: str) -> str | None:
     if name not in _outcomes:
         try:
@@ -117,6 +116,10 @@ def _outcome(name: str) -> str | None:
             _outcomes[name] = str(error)
             warnings.warn(f"rdfkern runs without its {name} kernels: {error}", stacklevel=2)
     return _outcomes[name]
+
+
+# torch.compiler.assume_constant_result, without the import of the compiler (see dispatch.py).
+_outcome._dynamo_marked_constant = True
 
 
 def _load(name: str) -> None:
