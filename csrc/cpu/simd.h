@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -148,20 +149,26 @@ inline void to_float16(uint16_t* target, Vec value) {
 #endif
 }
 
+// Lanes `first`... of a and b in turn: a0 b0 a1 b1 ...
+template <int FIRST, int... LANE>
+inline Vec interleave(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (FIRST + LANE / 2 + LANE % 2 * kLanes)...);
+#else
+  return __builtin_shuffle(a, b, IntVec{(FIRST + LANE / 2 + LANE % 2 * kLanes)...});
+#endif
+}
+
 // rows[i][j] -> rows[j][i] for a square of kLanes vectors: log2(kLanes) rounds of interleaving.
 inline void transpose(Vec (&rows)[kLanes]) {
-  IntVec low, high;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    low[lane] = lane / 2 + (lane % 2) * kLanes;
-    high[lane] = kLanes / 2 + lane / 2 + (lane % 2) * kLanes;
-  }
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
   Vec next[kLanes];
 #pragma GCC unroll 4
   for (int round = 1; round < kLanes; round *= 2) {
 #pragma GCC unroll 16
     for (int row = 0; row < kLanes / 2; ++row) {
-      next[2 * row] = __builtin_shuffle(rows[row], rows[row + kLanes / 2], low);
-      next[2 * row + 1] = __builtin_shuffle(rows[row], rows[row + kLanes / 2], high);
+      next[2 * row] = interleave<0>(rows[row], rows[row + kLanes / 2], lanes);
+      next[2 * row + 1] = interleave<kLanes / 2>(rows[row], rows[row + kLanes / 2], lanes);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kLanes; ++row) rows[row] = next[row];
