@@ -246,6 +246,19 @@ def test_error_budget_on_drawn_problems(problem):
     check(inputs_of(shape, dtype, seed), noisy=5 * NOISY, **options)
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1e-6, 6e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_is_float_rounded_once(dtype, magnitude):
+    """Of subnormal and overflowing float16 as well: the widths convert as torch does."""
+    half = [x.to(dtype) for x in inputs_of((1, 2, 1, 20, 9, 16, 37), torch.float32)[:5]]
+    half[4] = half[4].clamp(-1.08, 1.08) * magnitude
+    wide = [x.float() for x in half]
+    out, lse = rdfkern.diff_attention(*half, -1.0, return_lse=True, impl="cpu")
+    expected, expected_lse = rdfkern.diff_attention(*wide, -1.0, return_lse=True, impl="cpu")
+    assert torch.equal(out, expected.to(dtype))
+    assert torch.equal(lse, expected_lse)
+
+
 def test_nan_is_not_hidden():
     inputs = inputs_of((1, 1, 1, 20, 30, 16, 16), torch.float32)
     inputs[0][0, 0, 3, 2] = float("nan")
@@ -489,7 +502,7 @@ class TestChoice:
 def test_narrower_instruction_sets(capability):
     """The same source for AVX2 and for vectors of four lanes, as NEON has them."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "grouped or width or many or masks or Dropout or packed_seq"]
+    command += ["-k", "grouped or width or many or masks or Dropout or packed_seq or half"]
     done = subprocess.run(
         command,
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
