@@ -161,8 +161,15 @@ class Denoiser(nn.Module):
             if denoise != "differential":
                 temporal = denoise == "temporal"
                 return SelfAttentionLayer(width, heads, temporal=temporal, dropout=dropout)
+            # As in ReDiFu without a norm per head, which would take the size of a difference away.
             made = DiffTransformerEncoderLayer(
-                width, heads, FEEDFORWARD * width, dropout, activation="gelu", depth=depth
+                width,
+                heads,
+                FEEDFORWARD * width,
+                dropout,
+                activation="gelu",
+                depth=depth,
+                norm=False,
             )
             made.self_attn.dropout = 0.0
             return made

@@ -99,7 +99,8 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         "command": shlex.join([*PROGRAM.split(), *sys.argv[1:]]),
         "training": model.training,
     }
-    report = build_report(narrowed, config.split, predictions, about)
+    weighting = model.config.class_weights
+    report = build_report(narrowed, config.split, predictions, about, weighting)
     folder = config.run / f"evaluate-{config.split}" if config.out is None else config.out
     write_report(folder, report)
     print(format_report(report), flush=True)

@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .data import UNLABELLED, Corpus, DataError, Dialogue
+from .loss import class_weights
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -30,11 +31,16 @@ class LinearResult(NamedTuple):
     validation_f1: float
 
 
-def linear_baseline(corpus: Corpus, seed: int = 0) -> LinearResult:
+def linear_baseline(corpus: Corpus, seed: int = 0, weighting: str = "none") -> LinearResult:
     """Multinomial logistic regression on the standardised features of all modalities, side by side.
 
     Each utterance is judged by itself. Fitted on the training split; C is the one of `STRENGTHS`
     with the best weighted F1 on the validation split.
+
+    Args:
+        corpus: with the modalities to use.
+        seed: of the solver.
+        weighting: of the classes, a scheme of `loss.class_weights`.
 
     Raises:
         DataError: the training split has fewer than two labels, or a split that is needed is empty.
@@ -49,10 +55,17 @@ def linear_baseline(corpus: Corpus, seed: int = 0) -> LinearResult:
             f"corpus {corpus.name}: a linear model needs two labels in training and labelled "
             "validation utterances"
         )
+    weights = class_weights(train_labels[known], len(corpus.labels), weighting)
     best: LinearResult | None = None
     for strength in STRENGTHS:
         model = make_pipeline(
-            StandardScaler(), LogisticRegression(C=strength, max_iter=1000, random_state=seed)
+            StandardScaler(),
+            LogisticRegression(
+                C=strength,
+                max_iter=1000,
+                random_state=seed,
+                class_weight=dict(enumerate(weights)),
+            ),
         ).fit(train[known], train_labels[known])
         guessed = model.predict(validation[checked])
         score = float(f1_score(validation_labels[checked], guessed, average="weighted"))

@@ -104,16 +104,20 @@ def combine_released(means: Tensor) -> Tensor:
     return means[0] + 0.1 * means[1:].square().sum()
 
 
-def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
-    """Weight of each class, inverse to its frequency, N / (classes * N_c); 0 where N_c is 0.
+CLASS_WEIGHTS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}
+
+
+def class_weights(labels: np.ndarray, classes: int, scheme: str) -> np.ndarray:
+    """Weight of each class, (N / (classes * N_c)) to the power of the scheme; 0 where N_c is 0.
 
     Args:
         labels: (N,) int64, `UNLABELLED` where there is none.
         classes: number of classes C.
+        scheme: `none` (all 1), `sqrt` (power 1/2) or `balanced` (power 1).
 
     Returns:
-        (C,) float32.
+        (C,) float64.
     """
     counts = np.bincount(labels[labels != UNLABELLED], minlength=classes)
-    weights = np.divide(counts.sum(), classes * counts, out=np.zeros(classes), where=counts > 0)
-    return torch.from_numpy(weights.astype(np.float32))
+    ratio = np.divide(counts.sum(), classes * counts, out=np.zeros(classes), where=counts > 0)
+    return np.where(counts > 0, ratio ** CLASS_WEIGHTS[scheme], 0.0)

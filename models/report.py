@@ -26,11 +26,15 @@ TITLES = {
     "linear": "linear model, same features",
     "majority": "majority class",
 }
-_fitted: dict[int, LinearResult] = {}
+_fitted: dict[tuple[int, str], LinearResult] = {}
 
 
 def build_report(
-    corpus: Corpus, split: str, predictions: Sequence[np.ndarray], about: Mapping[str, Any]
+    corpus: Corpus,
+    split: str,
+    predictions: Sequence[np.ndarray],
+    about: Mapping[str, Any],
+    weighting: str = "none",
 ) -> dict[str, Any]:
     """Score predictions beside the majority class and a linear model on the same features.
 
@@ -39,6 +43,7 @@ def build_report(
         split: that the predictions are for.
         predictions: one (T,) int array per dialogue of the split.
         about: what else to record: `config`, `seed`, `command` and the like, as JSON values.
+        weighting: of the classes in the linear model, that of the network's training.
 
     Returns:
         JSON values: `about`, `versions`, `corpus`, `split`, `dialogues`, `provenance`, and
@@ -53,7 +58,7 @@ def build_report(
         raise DataError(f"corpus {corpus.name} has no labelled utterance in split {split}")
     labels = [dialogue.labels for dialogue in dialogues]
     cuts = np.cumsum([len(dialogue) for dialogue in dialogues])[:-1]
-    linear = _linear(replace(corpus, splits={**corpus.splits, "test": dialogues}))
+    linear = _linear(replace(corpus, splits={**corpus.splits, "test": dialogues}), weighting)
     train = np.concatenate([dialogue.labels for dialogue in corpus.splits["train"]])
     majority = int(np.bincount(train[train != UNLABELLED]).argmax())
     guesses = {
@@ -80,11 +85,11 @@ def build_report(
     }
 
 
-def _linear(corpus: Corpus) -> LinearResult:
+def _linear(corpus: Corpus, weighting: str) -> LinearResult:
     """The linear baseline, fitted once per corpus: a study reports on the same one many times."""
-    key = fingerprint(corpus)
+    key = (fingerprint(corpus), weighting)
     if key not in _fitted:
-        _fitted[key] = linear_baseline(corpus)
+        _fitted[key] = linear_baseline(corpus, weighting=weighting)
     return _fitted[key]
 
 

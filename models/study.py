@@ -26,7 +26,15 @@ from .train import run_training
 PROGRAM = "python -m rdfkern.models.study"
 FULL = "full"
 SWEPT = (FULL, "no-differential")
-Variant = Literal["full", "no-differential", "no-relations", "no-diffusion", "text-only", "linear"]
+Variant = Literal[
+    "full",
+    "no-differential",
+    "no-denoising",
+    "no-relations",
+    "no-diffusion",
+    "text-only",
+    "linear",
+]
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class StudyConfig(TrainConfig):
         seed: comes from `seeds`.
         out: folder of the study, with one run per variant and seed; default runs/study-NAME.
         variants: `full`, the same without one part, text alone, or the linear model on the same
-            features.
+            features. `no-differential` has plain attention in the place of differential,
+            `no-denoising` no such layers at all.
         seeds: of the training; the data stay the same.
         sweep: also sweep the noise for `full` and `no-differential`.
         draws: noise draws per ratio and seed in the sweep.
@@ -47,6 +56,7 @@ class StudyConfig(TrainConfig):
     variants: tuple[Variant, ...] = (
         FULL,
         "no-differential",
+        "no-denoising",
         "no-relations",
         "no-diffusion",
         "text-only",
@@ -84,6 +94,7 @@ class StudyConfig(TrainConfig):
         shared |= {"seed": seed, "out": self.study_folder / f"{variant}-seed{seed}"}
         parts = {
             "no-differential": {"denoise": "plain"},
+            "no-denoising": {"denoise": "none"},
             "no-relations": {"relations": "off"},
             "no-diffusion": {"fusion": "gate"},
         }

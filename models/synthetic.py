@@ -55,25 +55,25 @@ class SyntheticConfig:
     """
 
     seed: int = 0
-    dialogues: tuple[int, int, int] = (80, 20, 40)
+    dialogues: tuple[int, int, int] = (140, 30, 40)
     utterances: tuple[int, int] = (40, 120)
     speakers: tuple[int, int] = (2, 5)
     cast: int = 40
-    inertia: float = 0.3
-    contagion: float = 0.2
-    tone: float = 0.35
+    inertia: float = 0.35
+    contagion: float = 0.25
+    tone: float = 0.3
     topics: int = 20
     topics_per_dialogue: tuple[int, int] = (3, 6)
     text_dim: int = 96
     audio_dim: int = 64
     visual_dim: int = 64
-    text_snr: float = -8.0
-    audio_snr: float = -8.0
-    visual_snr: float = -10.0
-    topic: float = 6.0
-    background: float = 6.0
+    text_snr: float = -18.0
+    audio_snr: float = -14.0
+    visual_snr: float = -15.0
+    topic: float = 12.0
+    background: float = 0.0
     identity: float = 3.0
-    channel: float = 12.0
+    channel: float = 20.0
 
     def __post_init__(self) -> None:
         for name in ("utterances", "speakers", "topics_per_dialogue"):

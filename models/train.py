@@ -143,7 +143,8 @@ def _report(config: TrainConfig, corpus: Corpus, trainer: Trainer, processes: Pr
         "command": shlex.join([*PROGRAM.split(), *sys.argv[1:]]),
         "training": training,
     }
-    write_report(config.folder, build_report(corpus, "test", predictions, about))
+    report = build_report(corpus, "test", predictions, about, config.class_weights)
+    write_report(config.folder, report)
 
 
 def _writer(folder: Path, saved: dict[str, Any]) -> Any:

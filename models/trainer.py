@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import under_prefix, with_prefix
 from .config import TrainConfig
 from .data import UNLABELLED, Corpus, DataError, Dialogue, collate, speaker_vocabulary
-from .loss import Objective, balanced_weights, combine_released
+from .loss import Objective, class_weights, combine_released
 from .metrics import weighted_f1
 from .network import build_network
 from .predict import mixed_precision, predict
@@ -293,9 +293,10 @@ class Trainer:
 
     def _objective(self) -> Objective:
         weights = None
-        if self.config.class_weights == "balanced":
+        if self.config.class_weights != "none":
             labels = np.concatenate([dialogue.labels for dialogue in self._dialogues])
-            weights = balanced_weights(labels, len(self.corpus.labels))
+            values = class_weights(labels, len(self.corpus.labels), self.config.class_weights)
+            weights = torch.from_numpy(values.astype(np.float32))
         released = self.config.network.preset != "default"
         return Objective(
             self.config.auxiliary_weight, weights, combine_released if released else None

@@ -27,7 +27,7 @@ class DiffTransformerEncoderLayer(nn.Module):
         norm_first: norms before the blocks instead of after the residual sums.
         bias: whether linear layers and layer norms have a bias.
         device, dtype: of the parameters.
-        depth, lambda_init, impl: as in `MultiheadDiffAttention`.
+        depth, lambda_init, norm, impl: as in `MultiheadDiffAttention`.
 
     Raises:
         ValueError: as `MultiheadDiffAttention`, or an activation that is not known.
@@ -49,6 +49,7 @@ class DiffTransformerEncoderLayer(nn.Module):
         *,
         depth: int = 0,
         lambda_init: float | None = None,
+        norm: bool = True,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -64,6 +65,7 @@ class DiffTransformerEncoderLayer(nn.Module):
             batch_first=batch_first,
             depth=depth,
             lambda_init=lambda_init,
+            norm=norm,
             impl=impl,
             **factory,
         )

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rdfkern.models.loss import Objective, balanced_weights, combine_released
+from rdfkern.models.loss import Objective, class_weights, combine_released
 from rdfkern.models.outputs import Outputs
 from rdfkern.models.released import released_loss
 
@@ -62,6 +62,7 @@ def test_a_batch_without_labels_has_zero_gradients():
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_balanced_weights():
-    weights = balanced_weights(np.array([0, 0, 0, 1, -1]), 3)
-    torch.testing.assert_close(weights, torch.tensor([4 / 9, 4 / 3, 0.0]))
+@pytest.mark.parametrize("scheme, power", [("none", 0), ("sqrt", 0.5), ("balanced", 1)])
+def test_class_weights(scheme, power):
+    weights = class_weights(np.array([0, 0, 0, 1, -1]), 3, scheme)
+    np.testing.assert_allclose(weights, [(4 / 9) ** power, (4 / 3) ** power, 0.0])
