@@ -33,7 +33,17 @@ PACKAGES = (
     "torch-geometric",
     "torch-scatter",
 )
-VARIABLES = ("RDFKERN_BACKEND", "CXX", "CUDA_HOME", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "RDFKERN_BACKEND",
+    "RDFKERN_JIT",
+    "RDFKERN_JIT_VERBOSE",
+    "RDFKERN_CACHE_DIR",
+    "CXX",
+    "MAX_JOBS",
+    "CUDA_HOME",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 def collect() -> dict[str, Any]:

@@ -235,7 +235,7 @@ def _check_coefficient(
 def _check_wide(name: str, tensor: Tensor, q: Tensor) -> None:
     """`tensor` takes part at the precision of the subtraction, so it may be that wide."""
     widest = compute_dtype(q.dtype)
-    if tensor.dtype not in FLOATING or torch.promote_types(tensor.dtype, widest) != widest:
+    if tensor.dtype not in FLOATING or compute_dtype(tensor.dtype) not in (torch.float32, widest):
         raise TypeError(
             f"{name} must have a floating dtype up to {widest} with inputs of {q.dtype}, "
             f"got {tensor.dtype}"

@@ -13,7 +13,7 @@ Coefficient = float | Tensor
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """dtype of the subtraction and the norm: float32, or float64 for float64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def per_row(coefficient: Coefficient, dtype: torch.dtype) -> Coefficient:

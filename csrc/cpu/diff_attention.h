@@ -1,0 +1,210 @@
+// What forward and backward of differential attention share: the arguments, which keys a panel of
+// queries sees, and the scores of a panel, stored transposed: [key][query], queries in the lanes.
+// So neither keys nor values need packing, and the softmax runs along rows without any shuffles.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "dropout.h"
+#include "gemm.h"
+#include "rows.h"
+
+namespace rdfkern {
+
+constexpr int64_t kPanel = 64;
+// One vector more than the panel: rows a power of two apart would fall into the same cache sets.
+constexpr int64_t kPanelStride = kPanel + 16;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Sequence {
+  int64_t batch, first_query, queries, first_key, keys;
+  int64_t unpadded_begin, unpadded_end;  // keys outside are all padding
+};
+
+// One value per (batch, head, query).
+struct Coefficient {
+  const float* data;
+  int64_t batch_stride, head_stride, row_stride;
+
+  explicit Coefficient(const Tensor& tensor)
+      : data(static_cast<const float*>(tensor.data_ptr())), batch_stride(tensor.stride(0)),
+        head_stride(tensor.stride(1)), row_stride(tensor.stride(2)) {}
+  float at(int64_t batch, int64_t head, int64_t row) const {
+    return data[batch * batch_stride + head * head_stride + row * row_stride];
+  }
+};
+
+struct Mask {
+  const char* data;
+  ScalarType type;
+  int64_t strides[4];
+
+  explicit Mask(const Tensor& tensor)
+      : data(static_cast<const char*>(tensor.data_ptr())), type(tensor.scalar_type()) {
+    for (int dim = 0; dim < 4; ++dim) strides[dim] = tensor.stride(dim);
+  }
+};
+
+struct Problem {
+  Rows q[2], k[2], v;
+  Coefficient lam, alpha;
+  std::optional<Mask> mask;
+  const bool* padding = nullptr;
+  int64_t padding_batch_stride = 0, padding_row_stride = 0;
+  const float* norm_weight = nullptr;
+  double norm_eps;
+  float out_scale, scale;
+  int64_t left, right;
+  Dropout dropout;
+  int64_t heads, kv_heads, head_dim, value_dim, head_width, value_width;
+  std::vector<Sequence> sequences;
+
+  Problem(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor& k2,
+          const Tensor& values, const Tensor& lam_, const Tensor& alpha_,
+          const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
+          const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+          const std::optional<Tensor>& norm_weight_, int64_t left_, int64_t right_, double scale_,
+          double norm_eps_, double out_scale_, double dropout_p, int64_t seed)
+      : q{Rows(q1), Rows(q2)}, k{Rows(k1), Rows(k2)}, v(values), lam(lam_), alpha(alpha_),
+        norm_eps(norm_eps_), out_scale(float(out_scale_)), scale(float(scale_)), left(left_),
+        right(right_), dropout{dropout_p, uint64_t(seed)}, heads(q1.size(1)),
+        kv_heads(k1.size(1)), head_dim(q1.size(3)), value_dim(values.size(3)),
+        head_width(padded(head_dim)), value_width(padded(value_dim)) {
+    if (attn_mask) mask.emplace(*attn_mask);
+    if (norm_weight_) norm_weight = static_cast<const float*>(norm_weight_->data_ptr());
+    if (key_padding_mask) {
+      padding = static_cast<const bool*>(key_padding_mask->data_ptr());
+      padding_batch_stride = cu_seqlens_k ? 0 : key_padding_mask->stride(0);
+      padding_row_stride = key_padding_mask->stride(key_padding_mask->dim() - 1);
+    }
+    if (cu_seqlens_q) {
+      auto cu_q = static_cast<const int32_t*>(cu_seqlens_q->data_ptr());
+      auto cu_k = static_cast<const int32_t*>(cu_seqlens_k->data_ptr());
+      for (int64_t s = 0; s + 1 < cu_seqlens_q->size(0); ++s)
+        add({0, cu_q[s], cu_q[s + 1] - cu_q[s], cu_k[s], cu_k[s + 1] - cu_k[s], 0, 0});
+    } else {
+      for (int64_t b = 0; b < q1.size(0); ++b) add({b, 0, q1.size(2), 0, k1.size(2), 0, 0});
+    }
+  }
+
+  bool has_norm() const { return norm_eps >= 0; }
+  bool has_bias() const { return mask && mask->type != ScalarType::Bool; }
+  // Not quite 0 for a scale of 0, which would make NaN of a hidden key's -inf.
+  float score_factor() const { return std::max(std::fabs(scale) * kLog2e, 1e-30f); }
+  int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
+  bool is_padding(const Sequence& sequence, int64_t key) const {
+    return padding[sequence.batch * padding_batch_stride +
+                   (sequence.first_key + key) * padding_row_stride];
+  }
+
+ private:
+  void add(Sequence sequence) {
+    int64_t begin = 0, end = sequence.keys;
+    if (padding) {
+      while (begin < end && is_padding(sequence, begin)) ++begin;
+      while (begin < end && is_padding(sequence, end - 1)) --end;
+    }
+    sequence.unpadded_begin = begin;
+    sequence.unpadded_end = end;
+    sequences.push_back(sequence);
+  }
+};
+
+// Up to kPanel queries of one head.
+struct Panel {
+  const Problem& problem;
+  const Sequence& sequence;
+  int64_t sequence_index, head, first, count;
+
+  int64_t columns() const { return padded(count); }
+  int64_t shift() const { return sequence.keys - sequence.queries; }
+  int64_t row(int64_t i) const { return sequence.first_query + first + i; }
+  float lam(int64_t i) const { return problem.lam.at(sequence.batch, head, row(i)); }
+  float alpha(int64_t i) const { return problem.alpha.at(sequence.batch, head, row(i)); }
+
+  // Keys outside [keys_begin, keys_end) are hidden from every query of the panel.
+  int64_t keys_begin() const {
+    const int64_t seen = problem.left < 0 ? 0 : first + shift() - problem.left;
+    return std::max(sequence.unpadded_begin, seen);
+  }
+  int64_t keys_end() const {
+    const int64_t seen =
+        problem.right < 0 ? sequence.keys : first + count + shift() + problem.right;
+    return std::min(sequence.unpadded_end, seen);
+  }
+
+  float factor() const { return problem.has_bias() ? 1.0f : problem.score_factor(); }
+
+  // The panel's rows as they are; `transposed` gets them with the sign of the scale.
+  Block read_queries(int map, float* natural, float* transposed) const {
+    const Block rows = read_rows(problem.q[map], sequence.batch, head, row(0), count,
+                                 problem.head_dim, natural);
+    transpose_rows(rows, count, problem.head_width, problem.scale < 0 ? -1.0f : 1.0f, transposed,
+                   kPanelStride);
+    return rows;
+  }
+
+  // Multiplied by factor(), a score is scale * q_i k_j + mask in units of log2(e); it is -inf where
+  // the key is hidden. The factor is left to the exponential, which gets it without rounding.
+  void scores(const float* transposed_queries, const Block& keys, int64_t first_key,
+              int64_t key_count, float* scores) const {
+    gemm<Order::kRows, Update::kOverwrite>(key_count, columns(), problem.head_dim, keys.data,
+                                           keys.stride, transposed_queries, kPanelStride, scores,
+                                           kPanelStride);
+    hide_outside_band(first_key, key_count, scores);
+    if (problem.padding)
+      for (int64_t j = 0; j < key_count; ++j)
+        if (problem.is_padding(sequence, first_key + j)) hide(scores + j * kPanelStride, 0, count);
+    if (problem.mask) apply_mask(*problem.mask, first_key, key_count, scores);
+  }
+
+ private:
+  static void hide(float* row, int64_t begin, int64_t end) {
+    if (begin < end) std::fill(row + begin, row + end, -kInfinity);
+  }
+
+  void hide_outside_band(int64_t first_key, int64_t key_count, float* scores) const {
+    const int64_t last_key = first_key + key_count - 1;
+    const bool right_cuts = problem.right >= 0 && last_key > first + shift() + problem.right;
+    const bool left_cuts =
+        problem.left >= 0 && first_key < first + count - 1 + shift() - problem.left;
+    if (!right_cuts && !left_cuts) return;
+    for (int64_t j = 0; j < key_count; ++j) {
+      const int64_t aligned = first_key + j - shift() - first;  // the query standing at this key
+      float* row = scores + j * kPanelStride;
+      if (right_cuts) hide(row, 0, std::min(count, aligned - problem.right));
+      if (left_cuts) hide(row, std::max<int64_t>(0, aligned + problem.left + 1), count);
+    }
+  }
+
+  void apply_mask(const Mask& mask, int64_t first_key, int64_t key_count, float* scores) const {
+    const int64_t size = bytes_of(mask.type);
+    for (int64_t i = 0; i < count; ++i) {
+      const char* row = mask.data + size * (sequence.batch * mask.strides[0] +
+                                            head * mask.strides[1] + (first + i) * mask.strides[2] +
+                                            first_key * mask.strides[3]);
+      for (int64_t j = 0; j < key_count; ++j) {
+        const char* element = row + size * j * mask.strides[3];
+        float& score = scores[j * kPanelStride + i];
+        if (mask.type != ScalarType::Bool) {
+          const float added = to_float(element, mask.type);
+          score = added == -kInfinity || score == -kInfinity
+                      ? -kInfinity
+                      : score * problem.score_factor() + added * kLog2e;
+        } else if (!*element) {
+          score = -kInfinity;
+        }
+      }
+    }
+  }
+};
+
+inline float* fill_zeros(float* target, int64_t count) {
+  std::fill(target, target + count, 0.0f);
+  return target;
+}
+
+}  // namespace rdfkern

@@ -1,0 +1,87 @@
+// C = beta C + A B on small row-major float matrices: tiles of 6 rows by kTileVectors vectors whose
+// sums live in registers while the inner dimension runs.
+#pragma once
+
+#include "simd.h"
+
+namespace rdfkern {
+
+constexpr int kTileRows = 6;
+constexpr int64_t kInner = 64;  // longest sum in one register before it joins C
+
+enum class Order { kRows, kColumns };  // A[i][k] at i * lda + k, or at k * lda + i
+enum class Update { kOverwrite, kAdd, kRescale };  // kRescale: row i of C times beta[i] first
+
+template <Order ORDER, Update UPDATE, int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void gemm_tile(
+    int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
+    float* c, int64_t ldc, const float* beta) {
+  Vec sums[ROWS][VECTORS] = {};
+  for (int64_t k = 0; k < inner; ++k) {
+    Vec row[VECTORS];
+#pragma GCC unroll 4
+    for (int n = 0; n < VECTORS; ++n) row[n] = load(b + k * ldb + n * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec factor = broadcast(ORDER == Order::kRows ? a[i * lda + k] : a[k * lda + i]);
+#pragma GCC unroll 4
+      for (int n = 0; n < VECTORS; ++n) sums[i][n] += factor * row[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int n = 0; n < VECTORS; ++n) {
+      float* target = c + i * ldc + n * kLanes;
+      // Only here does the old value join: short sums of short sums round less than one long sum.
+      if constexpr (UPDATE == Update::kAdd) sums[i][n] += load(target);
+      if constexpr (UPDATE == Update::kRescale) sums[i][n] += load(target) * beta[i];
+      store(target, sums[i][n]);
+    }
+}
+
+template <Order ORDER, Update UPDATE, int VECTORS>
+inline void gemm_panel(
+    int64_t rows, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
+    float* c, int64_t ldc, const float* beta) {
+  const int64_t step = ORDER == Order::kRows ? lda : 1;
+  auto run = [&](auto tile_rows) {
+    constexpr int ROWS = decltype(tile_rows)::value;
+    for (; rows >= ROWS; rows -= ROWS) {
+      gemm_tile<ORDER, UPDATE, ROWS, VECTORS>(inner, a, lda, b, ldb, c, ldc, beta);
+      a += ROWS * step;
+      c += ROWS * ldc;
+      if (UPDATE == Update::kRescale) beta += ROWS;
+    }
+  };
+  run(std::integral_constant<int, kTileRows>{});
+  run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+// c (rows, columns), a (rows, inner), b (inner, columns); columns is a multiple of kLanes.
+template <Order ORDER, Update UPDATE>
+__attribute__((noinline)) void gemm(
+    int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
+    int64_t ldb, float* c, int64_t ldc, const float* beta = nullptr) {
+  if constexpr (UPDATE == Update::kAdd)
+    for (; inner > kInner; inner -= kInner) {
+      gemm<ORDER, UPDATE>(rows, columns, kInner, a, lda, b, ldb, c, ldc);
+      a += kInner * (ORDER == Order::kRows ? 1 : lda);
+      b += kInner * ldb;
+    }
+  auto run = [&](auto tile_vectors) {
+    constexpr int VECTORS = decltype(tile_vectors)::value;
+    for (; columns >= VECTORS * kLanes; columns -= VECTORS * kLanes) {
+      gemm_panel<ORDER, UPDATE, VECTORS>(rows, inner, a, lda, b, ldb, c, ldc, beta);
+      b += VECTORS * kLanes;
+      c += VECTORS * kLanes;
+    }
+  };
+  run(std::integral_constant<int, kTileVectors>{});
+  if constexpr (kTileVectors > 2) run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+}  // namespace rdfkern

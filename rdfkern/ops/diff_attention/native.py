@@ -1,0 +1,163 @@
+"""Differential attention in C++ on the CPU (csrc/cpu/diff_attention_*.cpp)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._backends import jit
+from ..._backends.dispatch import Arguments
+from . import op
+
+diff_attention = partial(op.diff_attention, impl="cpu")
+diff_attention_varlen = partial(op.diff_attention_varlen, impl="cpu")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LANES = 16
+MIN_CHUNK = 256
+
+
+def can_run(arguments: Arguments | None) -> str | None:
+    """Why these kernels cannot run, or None; the first question about real inputs builds them."""
+    if arguments is None:
+        return jit.unavailable("cpu", build=False)
+    q1, attn_mask = arguments["q1"], arguments.get("attn_mask")
+    if q1.device.type != "cpu":
+        return f"inputs are on {q1.device.type}"
+    if q1.dtype not in DTYPES:
+        return f"computes in float32, inputs are {q1.dtype}"
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return "attn_mask requires a gradient"
+    return jit.unavailable("cpu", build=True)
+
+
+def forward(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    alpha: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Returns (out, lse, o2, o); o is None where `out` serves."""
+    out, lse, o2, o = op.empty_outputs(q1, v, options["norm_eps"], options["cu_seqlens_q"], "cpu")
+    o = o if o.numel() else None
+    inputs = [_unit_stride(x) for x in (q1, k1, q2, k2, v)]
+    jit.load("cpu")
+    torch.ops.rdfkern._diff_attention_fwd_cpu(
+        *inputs, lam, alpha, *_native_options(**options), out, lse, o2, o
+    )
+    return out, lse, o2, o
+
+
+def backward(
+    grad_out: Tensor,
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    alpha: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    o2: Tensor,
+    o: Tensor | None,
+    *,
+    deterministic: bool,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of q1, k1, q2, k2, v, lam, alpha and norm_weight; always deterministic."""
+    packed, norm_weight = options["cu_seqlens_q"] is not None, options["norm_weight"]
+    chunks = _chunks(k1, options["cu_seqlens_k"], options["max_seqlen_k"])
+    inputs = [_unit_stride(x) for x in (q1, k1, q2, k2, v)]
+    gradients = []
+    for x in inputs:
+        width, dtype = x.shape[-1], x.dtype
+        if chunks > 1:
+            width, dtype = -(-width // LANES) * LANES, torch.float32
+        gradients.append(op.empty_like_rows(x, width, packed, dtype))
+    dlam, dalpha = (x.new_empty(x.shape) for x in (lam, alpha))
+    dnorm_weight = None if norm_weight is None else torch.empty_like(norm_weight, dtype=lam.dtype)
+    jit.load("cpu")
+    torch.ops.rdfkern._diff_attention_bwd_cpu(
+        _unit_stride(grad_out),
+        *inputs,
+        lam,
+        alpha,
+        *_native_options(**options),
+        lse,
+        o2,
+        out if o is None or o.numel() == 0 else o,
+        chunks,
+        *gradients,
+        dlam,
+        dalpha,
+        dnorm_weight,
+    )
+    if chunks > 1:
+        # One after the other, so that no two wide gradients outlive their narrow copies.
+        for at, x in enumerate(inputs):
+            gradients[at] = _narrowed(gradients[at], x, packed)
+    return *gradients, dlam, dalpha, dnorm_weight
+
+
+def _chunks(k: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None) -> int:
+    """Into how many parts keys and queries are cut, so that every thread has work."""
+    sequences = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
+    longest = k.shape[2] if cu_seqlens_k is None else max_seqlen_k
+    tasks, threads = sequences * k.shape[1], torch.get_num_threads()
+    if tasks >= 4 * threads or (cu_seqlens_k is None and tasks % threads == 0):
+        return 1
+    return max(1, min(-(-4 * threads // tasks), longest // MIN_CHUNK))
+
+
+def _narrowed(padded: Tensor, x: Tensor, packed: bool) -> Tensor:
+    if padded.shape == x.shape and padded.dtype == x.dtype:
+        return padded
+    gradient = op.empty_like_rows(x, x.shape[-1], packed, x.dtype)
+    return gradient.copy_(padded[..., : x.shape[-1]])
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _native_options(
+    *,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    norm_weight: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: int | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    scale: float,
+    norm_eps: float | None,
+    out_scale: float,
+) -> tuple[Any, ...]:
+    if norm_weight is not None:
+        norm_weight = norm_weight.to(torch.float32).contiguous()
+    return (
+        attn_mask,
+        key_padding_mask,
+        None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+        None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
+        norm_weight,
+        left,
+        right,
+        scale,
+        -1.0 if norm_eps is None else norm_eps,
+        out_scale,
+        dropout_p,
+        seed or 0,
+    )

@@ -1,0 +1,293 @@
+"""Differential attention as registered operators, one per direction, and their autograd function.
+
+`rdfkern::diff_attn_fwd` and `rdfkern::diff_attn_bwd` are what torch.compile and torch.export see.
+They choose the kernel inside, by name. A kernel module holds `forward` and `backward` with the
+arguments below, packed tensors viewed as (1, H, T, D), and never sees an empty problem.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .formula import Coefficient, compute_dtype
+
+KERNELS = {"cpu": ".native"}
+# Kernels that save the rows O2 and O in the wide dtype. Rounded to half, they would leave dlam,
+# dalpha and dnorm_weight, which are wide themselves, with errors of half.
+WIDE_ROWS = ("cpu",)
+
+INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, Tensor alpha"
+OPTIONS = (
+    "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? norm_weight, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seed, SymInt? max_seqlen_q, SymInt? max_seqlen_k, int left, "
+    "int right, float dropout_p, float scale, float? norm_eps, float out_scale, str impl"
+)
+torch.library.define(
+    "rdfkern::diff_attn_fwd",
+    f"({INPUTS}, {OPTIONS}) -> (Tensor out, Tensor lse, Tensor o2, Tensor o)",
+)
+torch.library.define(
+    "rdfkern::diff_attn_bwd",
+    f"(Tensor grad_out, {INPUTS}, Tensor out, Tensor lse, Tensor o2, Tensor o, {OPTIONS}, "
+    "bool deterministic) -> (Tensor dq1, Tensor dk1, Tensor dq2, Tensor dk2, Tensor dv, "
+    "Tensor dlam, Tensor dalpha, Tensor dnorm_weight)",
+)
+
+
+def diff_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Coefficient,
+    *,
+    alpha: Coefficient,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    dropout_p: float,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    out_scale: float,
+    return_lse: bool,
+    impl: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The canonical arguments of `diff_attention`, computed by the kernel named `impl`."""
+    rows = q1.shape[:3]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*rows, k1.shape[2])
+    out, lse = _attend(
+        q1,
+        k1,
+        q2,
+        k2,
+        v,
+        _per_row(lam, rows, q1),
+        _per_row(alpha, rows, q1),
+        attn_mask,
+        key_padding_mask,
+        norm_weight,
+        None,
+        None,
+        None,
+        None,
+        is_causal,
+        window,
+        dropout_p,
+        scale,
+        norm_eps,
+        out_scale,
+        impl,
+    )
+    return (out, lse) if return_lse else out
+
+
+def diff_attention_varlen(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Coefficient,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    alpha: Coefficient,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+    dropout_p: float,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_eps: float | None,
+    out_scale: float,
+    return_lse: bool,
+    impl: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The canonical arguments of `diff_attention_varlen`, computed by the kernel named `impl`."""
+    rows = q1.shape[:2]
+    out, lse = _attend(
+        *(packed.transpose(0, 1)[None] for packed in (q1, k1, q2, k2, v)),  # [1, H, T, D]
+        _per_row(lam, rows, q1).mT[None],
+        _per_row(alpha, rows, q1).mT[None],
+        None,
+        key_padding_mask,
+        norm_weight,
+        cu_seqlens_q.to(torch.int32),
+        cu_seqlens_k.to(torch.int32),
+        max_seqlen_q,
+        max_seqlen_k,
+        is_causal,
+        window,
+        dropout_p,
+        scale,
+        norm_eps,
+        out_scale,
+        impl,
+    )
+    out = out[0].transpose(0, 1)
+    return (out, lse[:, 0].mT) if return_lse else out
+
+
+def _per_row(coefficient: Coefficient, rows: torch.Size, like: Tensor) -> Tensor:
+    dtype = compute_dtype(like.dtype)
+    if not isinstance(coefficient, Tensor):
+        coefficient = like.new_full((), coefficient, dtype=dtype)
+    return coefficient.to(dtype).expand(rows)
+
+
+def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, is_causal, window, dropout_p, scale, norm_eps, out_scale, impl = arguments
+    left, right = (-1, -1) if window is None else window
+    # A tensor, so that compiled code draws a new one in every call; on the CPU, where reading it
+    # does not wait for an accelerator.
+    seed = torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
+    return _DiffAttention.apply(
+        *tensors[:12],
+        seed,
+        *tensors[12:],
+        left,
+        0 if is_causal else right,
+        float(dropout_p),
+        float(scale),
+        None if norm_eps is None else float(norm_eps),
+        float(out_scale),
+        impl,
+    )
+
+
+class _DiffAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse, o2, o = torch.ops.rdfkern.diff_attn_fwd(*arguments)
+        tensors, ctx.options = arguments[:13], arguments[13:]
+        ctx.save_for_backward(*tensors, out, lse, o2, o)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad_out is None:
+            return (None,) * 22
+        inputs, masks, saved = (
+            ctx.saved_tensors[:7],
+            ctx.saved_tensors[7:13],
+            ctx.saved_tensors[13:],
+        )
+        *gradients, dnorm_weight = torch.ops.rdfkern.diff_attn_bwd(
+            grad_out,
+            *inputs,
+            *saved,
+            *masks,
+            *ctx.options,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        norm_weight = masks[2]
+        if norm_weight is not None:
+            dnorm_weight = dnorm_weight.to(norm_weight.dtype)
+        return (
+            *gradients,
+            None,
+            None,
+            None if norm_weight is None else dnorm_weight,
+            *(None,) * 12,
+        )
+
+
+@torch.library.impl("rdfkern::diff_attn_fwd", ("cpu", "cuda"))
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, rest = arguments[:7], arguments[7:]
+    q1, v = inputs[0], inputs[4]
+    if q1.numel() == 0 or v.numel() == 0:
+        out, lse, o2, o = _fake_forward(*arguments)
+        return out.zero_(), lse.fill_(float("-inf")), o2.zero_(), o.zero_()
+    kernels, options = _chosen(rest)
+    out, lse, o2, o = kernels.forward(*inputs, **options)
+    return out, lse, o2, v.new_empty(0, dtype=o2.dtype) if o is None else o
+
+
+@torch.library.impl("rdfkern::diff_attn_bwd", ("cpu", "cuda"))
+def _backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, saved, rest = arguments[:7], arguments[7:11], arguments[11:-1]
+    q1, v = inputs[0], inputs[4]
+    if q1.numel() == 0 or v.numel() == 0:
+        return tuple(gradient.zero_() for gradient in _fake_backward(grad_out, *arguments))
+    kernels, options = _chosen(rest)
+    gradients = kernels.backward(grad_out, *inputs, *saved, **options, deterministic=arguments[-1])
+    return tuple(v.new_empty(0, dtype=lse_dtype(v)) if g is None else g for g in gradients)
+
+
+@torch.library.register_fake("rdfkern::diff_attn_fwd")
+def _fake_forward(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *arguments: Any):
+    options = _options(arguments[2:])
+    return empty_outputs(q1, v, options["norm_eps"], options["cu_seqlens_q"], options["impl"])
+
+
+@torch.library.register_fake("rdfkern::diff_attn_bwd")
+def _fake_backward(grad_out: Tensor, *arguments: Any):
+    options = _options(arguments[11:-1])
+    return _empty_gradients(arguments[:7], options["norm_weight"], options["cu_seqlens_q"])
+
+
+def lse_dtype(v: Tensor) -> torch.dtype:
+    """dtype of what stays wide: the normalisers and the gradients of lam, alpha, norm_weight."""
+    return compute_dtype(v.dtype)
+
+
+def empty_like_rows(x: Tensor, width: int, packed: bool, dtype: torch.dtype) -> Tensor:
+    """(B, H, L, width) for rows like those of x: contiguous, or packed as (L, H, width)."""
+    batch, heads, length = x.shape[:3]
+    if packed:
+        return x.new_empty((length, heads, width), dtype=dtype).transpose(0, 1)[None]
+    return x.new_empty((batch, heads, length, width), dtype=dtype)
+
+
+def empty_outputs(
+    q1: Tensor, v: Tensor, norm_eps: float | None, cu_seqlens_q: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for (out, lse, o2, o); o, the rows before the norm, is empty where it would be out."""
+    packed, width, wide = cu_seqlens_q is not None, v.shape[-1], lse_dtype(v)
+    rows_dtype = wide if impl in WIDE_ROWS else v.dtype
+    out = empty_like_rows(q1, width, packed, v.dtype)
+    lse = q1.new_empty((2, *q1.shape[:3]), dtype=wide)
+    o2 = empty_like_rows(q1, width, packed, rows_dtype)
+    if norm_eps is None and rows_dtype == v.dtype:
+        return out, lse, o2, v.new_empty(0, dtype=rows_dtype)
+    return out, lse, o2, torch.empty_like(o2)
+
+
+def _empty_gradients(
+    inputs: tuple[Tensor, ...], norm_weight: Tensor | None, cu_seqlens_q: Tensor | None
+) -> tuple[Tensor, ...]:
+    *rows, lam, alpha = inputs
+    packed, wide = cu_seqlens_q is not None, lse_dtype(rows[0])
+    gradients = [empty_like_rows(x, x.shape[-1], packed, x.dtype) for x in rows]
+    coefficients = [x.new_empty(x.shape, dtype=wide) for x in (lam, alpha)]
+    size = 0 if norm_weight is None else norm_weight.shape[0]
+    return *gradients, *coefficients, rows[0].new_empty(size, dtype=wide)
+
+
+def _options(values: tuple[Any, ...]) -> dict[str, Any]:
+    names = [part.split()[-1] for part in OPTIONS.split(", ")]
+    return dict(zip(names, values, strict=True))
+
+
+def _chosen(values: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+    """(kernel module, its options, the seed as a number)."""
+    options = _options(values)
+    module = importlib.import_module(KERNELS[options.pop("impl")], package=__package__)
+    if options["seed"] is not None:
+        options["seed"] = int(options["seed"])
+    return module, options
