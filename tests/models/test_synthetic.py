@@ -55,14 +55,14 @@ def persistence(corpus):
 
 
 def test_inertia_keeps_speakers_in_their_mood():
-    moody = generate(replace(SMALL, inertia=0.95, contagion=0.0))
-    fickle = generate(replace(SMALL, inertia=0.0, contagion=0.0))
+    moody = generate(replace(SMALL, inertia=0.95, contagion=0.0, tone=0.0))
+    fickle = generate(replace(SMALL, inertia=0.0, contagion=0.0, tone=0.0))
     assert persistence(moody) > 0.8
     assert persistence(fickle) < 0.5
 
 
 def test_noise_settings_control_the_distance_to_the_clean_features():
-    clean = replace(SMALL, audio_snr=300.0, background=-300.0, identity=-300.0)
+    clean = replace(SMALL, audio_snr=300.0, background=-300.0, identity=-300.0, channel=-300.0)
 
     def noise(config):
         quiet, loud = generate(clean), generate(config)
@@ -74,6 +74,19 @@ def test_noise_settings_control_the_distance_to_the_clean_features():
     assert noise(replace(clean, audio_snr=10.0)) == pytest.approx(0.1, rel=0.1)
     assert noise(replace(clean, background=0.0)) == pytest.approx(1.0, rel=0.15)
     assert noise(replace(clean, identity=0.0)) == pytest.approx(1.0, rel=0.15)
+    assert noise(replace(clean, channel=0.0)) == pytest.approx(1.0, rel=0.15)
+
+
+def test_a_topic_sets_the_tone():
+    """With nothing but tone, utterances with the same topic in their text share their emotion."""
+    loud = replace(SMALL, inertia=0.0, contagion=0.0, tone=0.7, topic=60.0, text_snr=0.0)
+    same = []
+    for dialogue in generate(loud).splits["train"]:
+        unit = dialogue.features["text"]
+        unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+        topic = np.triu(unit @ unit.T > 0.9, k=1)
+        same.append(np.mean((dialogue.labels[:, None] == dialogue.labels)[topic]))
+    assert np.mean(same) > 0.4
 
 
 @pytest.mark.parametrize(
@@ -83,7 +96,7 @@ def test_noise_settings_control_the_distance_to_the_clean_features():
         ({"speakers": (0, 3)}, "speakers must be"),
         ({"cast": 2}, "cast must be at least"),
         ({"inertia": 1.5}, "inertia must be in"),
-        ({"inertia": 0.8, "contagion": 0.8}, r"inertia \+ contagion"),
+        ({"inertia": 0.8, "contagion": 0.8}, r"inertia \+ contagion \+ tone"),
         ({"dialogues": (0, 1, 1)}, "dialogues must be at least 1"),
         ({"text_dim": 0}, "text_dim must be at least 1"),
     ],
