@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import tyro
 
+from .. import BackendUnavailableError
 from .processes import OtherProcessError
 
 Config = TypeVar("Config")
@@ -21,7 +22,8 @@ def run_command(
 ) -> int:
     """Parse the arguments and run the command.
 
-    Data errors, settings that are not allowed and failures of files end as one line on stderr.
+    Data errors, settings that are not allowed, failures of files and backends that cannot run end
+    as one line on stderr.
 
     Args:
         config_type: dataclass that the options are made from.
@@ -36,7 +38,7 @@ def run_command(
         command(tyro.cli(config_type, args=arguments, prog=program))
     except OtherProcessError:
         return 2
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BackendUnavailableError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

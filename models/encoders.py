@@ -139,7 +139,7 @@ class EnhancedFilter(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Transformer layers over one modality, a residual around them, and a filter.
+    """Transformer layers over one modality, and a filter of what they make of it.
 
     Attention maps are not dropped out, unlike in the released network: on a CPU, attention with
     dropout keeps every map in memory, which takes gigabytes for a dialogue of 3,000 utterances.

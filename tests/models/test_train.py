@@ -361,6 +361,13 @@ def test_errors_of_the_command_are_one_line(tiny_run, tiny_arguments, tmp_path, 
     assert "epochs must be" in capsys.readouterr().err
 
 
+def test_a_backend_that_cannot_run_is_one_line(tiny_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RDFKERN_BACKEND", "triton")
+    code, message = run_main([*tiny_arguments, "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert "impl='triton' cannot run" in message
+
+
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tiny_run):
     config = tiny_run(learning_rate=1e30, warmup=0.0, clip_norm=0.0)
     with pytest.raises(TrainingError, match=r"not finite at step \d+ \(epoch 1\)"):
