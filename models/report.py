@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -20,7 +21,7 @@ from .metrics import bootstrap_interval, scores
 from .runs import fingerprint
 from .tables import markdown_table, percent
 
-PACKAGES = ("rdfkern", "torch", "numpy", "scikit-learn", "safetensors")
+PACKAGES = ("rdfkern", "numpy", "scikit-learn", "safetensors")
 TITLES = {
     "network": "this network",
     "linear": "linear model, same features",
@@ -95,7 +96,8 @@ def _linear(corpus: Corpus, weighting: str) -> LinearResult:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the figures."""
-    found = {"python": platform.python_version()}
+    # torch's own string also names the build, CPU or CUDA.
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)
