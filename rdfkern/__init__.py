@@ -2,6 +2,7 @@
 
 import os
 
+from . import nn
 from ._backends.dispatch import (
     BackendUnavailableError,
     available_backends,
@@ -35,6 +36,7 @@ __all__ = [
     "diff_attention_varlen",
     "diffusion_attention",
     "explain",
+    "nn",
     "relation_attention",
     "relation_conv",
     "temporal_diff_attention",

@@ -1,5 +1,6 @@
 """What importing does and does not do, each in a fresh interpreter."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,10 @@ def test_models_are_found_from_the_root_of_a_checkout():
     root = Path(__file__).parents[1]
     where = run("import rdfkern.models, rdfkern.csrc; print(rdfkern.models.__file__)", root)
     assert Path(where.strip()) == root / "models" / "__init__.py"
+
+
+def test_readme_examples_run_as_printed(tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 2
+    run("\n".join(blocks), tmp_path)
