@@ -8,6 +8,7 @@ namespace rdfkern {
 
 constexpr int kTileRows = 6;
 constexpr int64_t kInner = 64;  // longest sum in one register before it joins C
+constexpr int64_t kTileColumns = kTileVectors * kLanes;
 
 enum class Order { kRows, kColumns };  // A[i][k] at i * lda + k, or at k * lda + i
 enum class Update { kOverwrite, kAdd, kRescale };  // kRescale: row i of C times beta[i] first
@@ -61,21 +62,23 @@ inline void gemm_panel(
 }
 
 // c (rows, columns), a (rows, inner), b (inner, columns); columns is a multiple of kLanes.
-template <Order ORDER, Update UPDATE>
+// b may be in panels of kTileColumns columns, `panel` floats apart. INNER: as kInner.
+template <Order ORDER, Update UPDATE, int64_t INNER = kInner>
 __attribute__((noinline)) void gemm(
     int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
-    int64_t ldb, float* c, int64_t ldc, const float* beta = nullptr) {
+    int64_t ldb, float* c, int64_t ldc, const float* beta = nullptr,
+    int64_t panel = kTileColumns) {
   if constexpr (UPDATE == Update::kAdd)
-    for (; inner > kInner; inner -= kInner) {
-      gemm<ORDER, UPDATE>(rows, columns, kInner, a, lda, b, ldb, c, ldc);
-      a += kInner * (ORDER == Order::kRows ? 1 : lda);
-      b += kInner * ldb;
+    for (; inner > INNER; inner -= INNER) {
+      gemm<ORDER, UPDATE, INNER>(rows, columns, INNER, a, lda, b, ldb, c, ldc, nullptr, panel);
+      a += INNER * (ORDER == Order::kRows ? 1 : lda);
+      b += INNER * ldb;
     }
   auto run = [&](auto tile_vectors) {
     constexpr int VECTORS = decltype(tile_vectors)::value;
     for (; columns >= VECTORS * kLanes; columns -= VECTORS * kLanes) {
       gemm_panel<ORDER, UPDATE, VECTORS>(rows, inner, a, lda, b, ldb, c, ldc, beta);
-      b += VECTORS * kLanes;
+      b += VECTORS == kTileVectors ? panel : VECTORS * kLanes;
       c += VECTORS * kLanes;
     }
   };

@@ -6,7 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "rows.h"
@@ -16,21 +17,77 @@ namespace rdfkern {
 constexpr int64_t kUnlimited = -1;
 constexpr int64_t kLargestTile = 96;
 
+// Memory of buffers that are gone, up to 64 MiB in all: fresh pages would cost more than many
+// problems do.
+class Kept {
+ public:
+  struct Memory {
+    float* data = nullptr;
+    int64_t bytes = 0;
+  };
+
+  static Kept& shared() {
+    static Kept kept;
+    return kept;
+  }
+
+  // The smallest that is large enough, or new memory.
+  Memory take(int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      auto best = memories_.end();
+      for (auto at = memories_.begin(); at != memories_.end(); ++at)
+        if (at->bytes >= bytes && (best == memories_.end() || at->bytes < best->bytes)) best = at;
+      if (best != memories_.end()) {
+        const Memory found = *best;
+        memories_.erase(best);
+        bytes_ -= found.bytes;
+        return found;
+      }
+    }
+    auto fresh = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (!fresh) throw std::bad_alloc();
+    return {fresh, bytes};
+  }
+
+  // The oldest make room.
+  void give(Memory memory) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    memories_.push_back(memory);
+    bytes_ += memory.bytes;
+    size_t dropped = 0;
+    for (; bytes_ > kMost; ++dropped) {
+      bytes_ -= memories_[dropped].bytes;
+      std::free(memories_[dropped].data);
+    }
+    memories_.erase(memories_.begin(), memories_.begin() + dropped);
+  }
+
+ private:
+  static constexpr int64_t kMost = 64 << 20;
+  std::mutex mutex_;
+  std::vector<Memory> memories_;
+  int64_t bytes_ = 0;
+};
+
 // Floats that outlive a task; left as they come. A row more than asked for may be read.
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t floats) {
-    memory_.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 1087) / 64 * 64)));
-    if (!memory_) throw std::bad_alloc();
+  explicit Buffer(int64_t floats)
+      : memory_(Kept::shared().take((floats * 4 + 1087) / 64 * 64)) {}
+  Buffer(Buffer&& other) noexcept : memory_(std::exchange(other.memory_, {})) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(memory_, other.memory_);
+    return *this;
   }
-  float* data() const { return memory_.get(); }
+  ~Buffer() {
+    if (memory_.data) Kept::shared().give(memory_);
+  }
+  float* data() const { return memory_.data; }
 
  private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<float, Free> memory_;
+  Kept::Memory memory_;
 };
 
 // A (rows, width) tensor whose last stride is 1.

@@ -7,7 +7,8 @@ namespace rdfkern {
 
 constexpr int64_t kTotal = 64;  // rows that one total stands for
 
-// Sorted rows of one dialogue and key.
+// Sorted rows of one dialogue and key. They are sorted by key first here, so that the rows of a tile,
+// which mostly hear the same relations, are neighbours in memory.
 struct Group {
   int64_t dialogue, key, begin, end;
   int64_t size() const { return end - begin; }
@@ -23,10 +24,11 @@ struct BandGraph {
 
   BandGraph(const Tensor& order_of, const Tensor& positions, const Tensor& start,
             const Tensor& table_of, int64_t relations_of, int64_t past_of, int64_t future_of)
-      : order(integers(order_of)), position(integers(positions)),
-        table(static_cast<const int32_t*>(table_of.data_ptr())), keys(table_of.size(0)),
+      : table(static_cast<const int32_t*>(table_of.data_ptr())), keys(table_of.size(0)),
         relations(relations_of), past(past_of), future(future_of) {
     const std::vector<int64_t> starts = integers(start);
+    const std::vector<int64_t> order_by_dialogue = integers(order_of);
+    const std::vector<int64_t> position_by_dialogue = integers(positions);
     const int64_t dialogues = (int64_t(starts.size()) - 1) / keys;
     of_dialogue.resize(dialogues);
     for (int64_t key = 0; key < keys; ++key)
@@ -34,7 +36,13 @@ struct BandGraph {
         const int64_t at = dialogue * keys + key;
         if (starts[at] == starts[at + 1]) continue;
         of_dialogue[dialogue].push_back(groups.size());
-        groups.push_back({dialogue, key, starts[at], starts[at + 1]});
+        const int64_t begin = order.size();
+        auto append = [&](std::vector<int64_t>& target, const std::vector<int64_t>& source) {
+          target.insert(target.end(), source.begin() + starts[at], source.begin() + starts[at + 1]);
+        };
+        append(order, order_by_dialogue);
+        append(position, position_by_dialogue);
+        groups.push_back({dialogue, key, begin, int64_t(order.size())});
       }
   }
 
@@ -69,7 +77,7 @@ struct BandTile {
   std::vector<Piece> pieces;
   std::vector<Band> parts;  // by relation, then by piece
   std::vector<Work> works;
-  std::vector<int64_t> rows;  // the sorted row of every row of the tile
+  int64_t first, count;  // sorted rows
 };
 
 // Row weights 1 / count of one relation, of the rows of one group.

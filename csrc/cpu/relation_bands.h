@@ -21,8 +21,8 @@ class BandView {
 
   const std::vector<BandTile>& tiles() const { return tiles_; }
   int64_t largest_tile() const { return tile_rows_; }
-  int64_t size_of(const BandTile& tile) const { return tile.rows.size(); }
-  int64_t row(const BandTile& tile, int64_t local) const { return tile.rows[local]; }
+  int64_t size_of(const BandTile& tile) const { return tile.count; }
+  int64_t row(const BandTile& tile, int64_t local) const { return tile.first + local; }
   int64_t node(int64_t row) const { return graph_.order[row]; }
   int64_t relations() const { return graph_.relations; }
 
@@ -69,12 +69,13 @@ class BandView {
     else find(high, [&](int64_t p, int64_t mine) { return p <= mine || p - mine <= ahead_; });
   }
 
-  // The sums of rows [column, column + width) of x over the neighbours of one relation, compactly:
-  // z row n belongs to row rows[n] of the tile. Returns the number of rows with neighbours.
+  // The sums of rows [column, column + width) of x over the neighbours of one relation: z row n
+  // belongs to row rows[n] of the tile. Returns their number. Rows without neighbours are left out,
+  // unless they are few: then sums are 0 there, and `rows` are consecutive.
   template <class Op>
   int64_t aggregate(const BandTile& tile, const Work& work, const Block& x, int64_t column,
                     int64_t width, bool mean, float* z, int64_t ldz, int32_t* rows) const {
-    const int64_t tile_size = tile.rows.size(), parts = work.end - work.begin;
+    const int64_t tile_size = tile.count, parts = work.end - work.begin;
     thread_local std::vector<int64_t> ends;
     thread_local std::vector<int64_t> counts, place;
     ends.resize(2 * parts * tile_size);
@@ -89,11 +90,18 @@ class BandView {
       for (int64_t i = 0; i < piece.end - piece.begin; ++i)
         counts[piece.local + i] += high[i] - low[i];
     }
-    int64_t found = 0;
-    for (int64_t i = 0; i < tile_size; ++i) {
-      place[i] = counts[i] ? found : -1;
-      if (counts[i]) rows[found++] = int32_t(i);
-    }
+    int64_t found = tile_size - std::count(counts.begin(), counts.end(), 0);
+    if (found == 0) return 0;
+    auto heard = [](int64_t count) { return count > 0; };
+    const int64_t first = std::find_if(counts.begin(), counts.end(), heard) - counts.begin();
+    const int64_t end = counts.rend() - std::find_if(counts.rbegin(), counts.rend(), heard);
+    const bool fills_gaps = std::is_same_v<Op, Sum> && 8 * (end - first - found) <= end - first;
+    found = 0;
+    for (int64_t i = first; i < end; ++i)
+      if (fills_gaps || counts[i]) {
+        place[i] = found;
+        rows[found++] = int32_t(i);
+      }
     for (int64_t n = 0; n < found; ++n) std::fill_n(z + n * ldz, width, Op::kStart);
     for (int64_t p = 0; p < parts; ++p) {
       const Band& band = tile.parts[work.begin + p];
@@ -105,7 +113,8 @@ class BandView {
       else add_ranges<Op, false>(band, target, x, column, width);
     }
     if (mean)
-      for (int64_t n = 0; n < found; ++n) scale_row(z + n * ldz, width, 1.0f / counts[rows[n]]);
+      for (int64_t n = 0; n < found; ++n)
+        if (counts[rows[n]] > 1) scale_row(z + n * ldz, width, 1.0f / counts[rows[n]]);
     return found;
   }
 
@@ -155,13 +164,12 @@ class BandView {
   void cut_into_tiles() {
     for (size_t g = 0; g < graph_.groups.size(); ++g)
       for (int64_t begin = graph_.groups[g].begin; begin < graph_.groups[g].end;) {
-        if (tiles_.empty() || int64_t(tiles_.back().rows.size()) == tile_rows_)
-          tiles_.emplace_back();
+        if (tiles_.empty() || tiles_.back().count == tile_rows_)
+          tiles_.push_back({.first = begin, .count = 0});
         BandTile& tile = tiles_.back();
-        const int64_t local = tile.rows.size();
-        const int64_t end = std::min(graph_.groups[g].end, begin + tile_rows_ - local);
-        tile.pieces.push_back({int64_t(g), begin, end, local});
-        for (int64_t row = begin; row < end; ++row) tile.rows.push_back(row);
+        const int64_t end = std::min(graph_.groups[g].end, begin + tile_rows_ - tile.count);
+        tile.pieces.push_back({int64_t(g), begin, end, tile.count});
+        tile.count += end - begin;
         begin = end;
       }
   }

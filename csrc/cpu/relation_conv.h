@@ -1,6 +1,8 @@
 // Aggregate, then transform, tile by tile: what both directions of relation convolution consist of.
 #pragma once
 
+#include <numeric>
+
 #include "gemm.h"
 #include "relation.h"
 
@@ -9,11 +11,11 @@ namespace rdfkern {
 enum class Aggregation : int64_t { kSum, kMean, kMax };
 
 template <class View>
-std::vector<char> relations_in_use(const View& view) {
-  std::vector<char> used(view.relations(), 0);
+std::vector<int64_t> uses_of_relations(const View& view) {
+  std::vector<int64_t> uses(view.relations(), 0);
   for (const auto& tile : view.tiles())
-    for (const Work& work : tile.works) used[work.relation] = 1;
-  return used;
+    for (const Work& work : tile.works) ++uses[work.relation];
+  return uses;
 }
 
 // The works of every relation, tile by tile.
@@ -42,61 +44,53 @@ class WorksOfRelations {
   std::vector<Place> places_;
 };
 
-// Float matrices (R, NB, rows, columns) with rows of whole vectors; `transposed` swaps the last two
-// dimensions of the tensor. Only relations in use may be read.
+// Float matrices (R, NB, rows, columns), columns in whole vectors; `transposed` swaps the last two
+// dimensions of the tensor. They are the tensor's own memory, or copies in panels of kTileColumns
+// columns, as few of many long rows find room in the cache: copies of all relations in use or, where
+// each has few uses, one made for each use.
 class Weights {
  public:
-  Weights(const Tensor& tensor, const std::vector<char>& used, bool transposed)
+  Weights(const Tensor& tensor, const std::vector<int64_t>& uses, bool transposed)
       : blocks(tensor.size(1)), rows(tensor.size(transposed ? 3 : 2)),
-        columns(tensor.size(transposed ? 2 : 3)), padded_columns(padded(columns)) {
-    const float* source = static_cast<const float*>(tensor.data_ptr());
-    const int64_t from_relation = tensor.stride(0), from_block = tensor.stride(1);
-    const int64_t from_row = tensor.stride(2);
-    if (!transposed && columns % kLanes == 0) {
-      data_ = source;
-      relation_stride_ = from_relation;
-      block_stride_ = from_block;
-      row_stride = from_row;
-      return;
-    }
-    row_stride = padded_columns;
-    block_stride_ = rows * row_stride;
-    relation_stride_ = blocks * block_stride_;
-    buffer_ = Buffer(tensor.size(0) * relation_stride_);
-    data_ = buffer_.data();
+        columns(tensor.size(transposed ? 2 : 3)), padded_columns(padded(columns)),
+        data_(static_cast<const float*>(tensor.data_ptr())), relation_stride_(tensor.stride(0)),
+        block_stride_(tensor.stride(1)), row_stride_(tensor.stride(2)), transposed_(transposed) {
+    constexpr int64_t kLong = 256, kFew = 3, kSmall = 1 << 16;
+    copies_ = transposed || columns % kLanes != 0 || columns >= kLong;
+    if (!copies_) return;
+    const int64_t floats = (columns + kTileColumns - 1) / kTileColumns * panel();
+    const int64_t in_use = uses.size() - std::count(uses.begin(), uses.end(), 0);
+    const int64_t all_uses = std::accumulate(uses.begin(), uses.end(), int64_t(0));
+    if (floats <= kSmall && all_uses <= kFew * in_use) return;
+    copy_of_block_ = floats;
+    buffer_ = Buffer(tensor.size(0) * blocks * floats);
     torch::stable::parallel_for(0, tensor.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end; ++at) {
-        if (!used[at / blocks]) continue;
-        const float* matrix = source + at / blocks * from_relation + at % blocks * from_block;
-        float* target = buffer_.data() + at * block_stride_;
-        if (!transposed) {
-          for (int64_t i = 0; i < rows; ++i)
-            read_row(reinterpret_cast<const char*>(matrix + i * from_row), ScalarType::Float,
-                     columns, target + i * row_stride);
-        } else if (rows % kLanes == 0) {
-          transpose_rows({matrix, from_row}, columns, rows, 1.0f, target, row_stride);
-        } else {
-          std::fill_n(target, rows * row_stride, 0.0f);
-          for (int64_t j = 0; j < columns; ++j)
-            for (int64_t i = 0; i < rows; ++i) target[i * row_stride + j] = matrix[j * from_row + i];
-        }
-      }
+      for (int64_t at = begin; at < end; ++at)
+        if (uses[at / blocks]) copy(at / blocks, at % blocks, buffer_.data() + at * floats);
     });
   }
 
-  const float* of(int64_t relation, int64_t block) const {
-    return data_ + relation * relation_stride_ + block * block_stride_;
-  }
   // Floats of a row of products: every block's columns in whole vectors.
   int64_t width() const { return blocks * padded_columns; }
 
   // products row n += z row n times the blocks of one relation.
   void multiply(int64_t relation, int64_t count, const float* z, int64_t ldz,
                 float* products) const {
-    for (int64_t block = 0; block < blocks; ++block)
-      gemm<Order::kRows, Update::kAdd>(count, padded_columns, rows, z + block * rows, ldz,
-                                       of(relation, block), row_stride,
-                                       products + block * padded_columns, width());
+    thread_local std::vector<float> copied;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float* matrix = data_ + relation * relation_stride_ + block * block_stride_;
+      if (copy_of_block_) {
+        matrix = buffer_.data() + (relation * blocks + block) * copy_of_block_;
+      } else if (copies_) {
+        copied.resize((columns + kTileColumns - 1) / kTileColumns * panel());
+        copy(relation, block, copied.data());
+        matrix = copied.data();
+      }
+      gemm<Order::kRows, Update::kAdd, kLongInner>(
+          count, padded_columns, rows, z + block * rows, ldz, matrix,
+          copies_ ? copied_stride() : row_stride_, products + block * padded_columns, width(),
+          nullptr, copies_ ? panel() : kTileColumns);
+    }
   }
 
   // Between rows of blocks in whole vectors and rows without gaps.
@@ -113,18 +107,59 @@ class Weights {
     return apart;
   }
 
-  int64_t blocks, rows, columns, padded_columns, row_stride;
+  int64_t blocks, rows, columns, padded_columns;
 
  private:
-  Buffer buffer_;
+  // As plain torch's products sum them.
+  static constexpr int64_t kLongInner = 256;
+
+  int64_t copied_stride() const { return std::min<int64_t>(kTileColumns, padded_columns); }
+  int64_t panel() const { return rows * copied_stride(); }
+
+  void copy(int64_t relation, int64_t block, float* target) const {
+    const float* matrix = data_ + relation * relation_stride_ + block * block_stride_;
+    for (int64_t first = 0; first < columns; first += kTileColumns, target += panel()) {
+      const int64_t count = std::min(kTileColumns, columns - first);
+      if (!transposed_)
+        for (int64_t i = 0; i < rows; ++i)
+          read_row(reinterpret_cast<const char*>(matrix + i * row_stride_ + first),
+                   ScalarType::Float, count, target + i * copied_stride());
+      else if (rows % kLanes == 0)
+        transpose_rows({matrix + first * row_stride_, row_stride_}, count, rows, 1.0f, target,
+                       copied_stride());
+      else
+        for (int64_t i = 0; i < rows; ++i) {
+          float* row = target + i * copied_stride();
+          for (int64_t j = 0; j < count; ++j) row[j] = matrix[(first + j) * row_stride_ + i];
+          std::fill(row + count, row + padded(count), 0.0f);
+        }
+    }
+  }
+
   const float* data_;
-  int64_t relation_stride_, block_stride_;
+  int64_t relation_stride_, block_stride_, row_stride_;
+  bool transposed_, copies_;
+  int64_t copy_of_block_ = 0;  // floats, or 0 where every use makes its own
+  Buffer buffer_;
 };
 
-// out_i = addend_i + sum over relations of (aggregate of x over the row's neighbours) times weight.
+// The weight (1, 1, in, out) of every row's own features, or none.
+class RootWeight {
+ public:
+  RootWeight(const std::optional<Tensor>& tensor, int64_t uses, bool transposed) {
+    if (tensor) weights_.emplace(*tensor, std::vector<int64_t>{uses}, transposed);
+  }
+  const Weights* get() const { return weights_ ? &*weights_ : nullptr; }
+
+ private:
+  std::optional<Weights> weights_;
+};
+
+// out_i = addend_i + x_i root + sum over relations of (aggregate of x over the row's neighbours)
+// times weight. A root, where there is one, has one block.
 template <class Op, class View>
-void convolve(const View& view, const Block& x, int64_t width_in, const Weights& weights, bool mean,
-              const Table* addend, const Table& out) {
+void convolve(const View& view, const Block& x, int64_t width_in, const Weights& weights,
+              const Weights* root, bool mean, const Table* addend, const Table& out) {
   const int64_t size = view.largest_tile(), ldz = padded(width_in), width = weights.width();
   const int64_t row_width = std::max(width, padded(out.width));
   const int64_t floats = size * (ldz + 2 * width) + row_width + size + 64;
@@ -146,6 +181,7 @@ void convolve(const View& view, const Block& x, int64_t width_in, const Weights&
         read_row(addend->at(view.node(view.row(tile, i))), addend->type, out.width, row);
         weights.spread(row, sums + i * width);
       }
+      if (root) root->multiply(0, count, x.data + view.row(tile, 0) * x.stride, x.stride, sums);
       for (const Work& work : tile.works) {
         const int64_t found =
             view.template aggregate<Op>(tile, work, x, 0, ldz, mean, z, ldz, rows);

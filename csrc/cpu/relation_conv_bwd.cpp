@@ -20,48 +20,79 @@ void weight_gradient(const View& view, const Gradients& given) {
   const Block& aggregated = OF_X ? given.x : given.grad_out;
   const Block& taken = OF_X ? given.grad_out : given.x;
   const int64_t whole = OF_X ? height : columns, other = OF_X ? columns : height;
-  const int64_t part = relations * blocks >= 16 ? std::min<int64_t>(whole, 256) : 64;
+  const int64_t part = relations * blocks >= 16 ? std::min<int64_t>(whole, 256) : 128;
   const int64_t parts = (whole + part - 1) / part, size = view.largest_tile();
-  const int64_t ldz = padded(part), ldt = padded(other), ldc = OF_X ? ldt : ldz;
+  const int64_t ldz = padded(part), ldt = padded(other);
   const ScalarType type = dweight.scalar_type();
+  const bool in_place = type == ScalarType::Float && columns % kLanes == 0;
+  const int64_t ldc = in_place ? columns : OF_X ? ldt : ldz;
   const WorksOfRelations<View> works(view);
   for_each_task(relations * blocks * parts, [&](auto next) {
     for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t relation = task / (blocks * parts), block = task / parts % blocks;
       const int64_t first = task % parts * part, count = std::min(part, whole - first);
       const int64_t rows_of_sums = OF_X ? count : height;
-      Scratch scratch(size * (ldz + ldt) + rows_of_sums * ldc + size + 64);
+      const int64_t sum_width = OF_X ? ldt : padded(count);
+      const int64_t to_block = (relation * blocks + block) * height * columns;
+      char* target = static_cast<char*>(dweight.data_ptr()) +
+                     (to_block + (OF_X ? first * columns : first)) * bytes_of(type);
+      Scratch scratch(size * (ldz + ldt) + (in_place ? 0 : rows_of_sums * ldc) + size + 64);
       float* z = scratch.take(size * ldz);
       float* gathered = scratch.take(size * ldt);
-      float* sums = scratch.take(rows_of_sums * ldc);
+      float* sums =
+          in_place ? reinterpret_cast<float*>(target) : scratch.take(rows_of_sums * ldc);
       auto rows = reinterpret_cast<int32_t*>(scratch.take(size));
-      std::fill_n(sums, rows_of_sums * ldc, 0.0f);
+      for (int64_t i = 0; i < rows_of_sums; ++i) std::fill_n(sums + i * ldc, sum_width, 0.0f);
       for (auto at = works.begin(relation); at != works.end(relation); ++at) {
         const int64_t found =
             view.template aggregate<Op>(*at->tile, *at->work, aggregated, block * whole + first,
                                         padded(count), OF_X && given.mean(), z, ldz, rows);
         if (found == 0) continue;
-        for (int64_t n = 0; n < found; ++n) {
-          const int64_t row = view.row(*at->tile, rows[n]);
-          std::copy_n(taken.data + row * taken.stride + block * other, ldt, gathered + n * ldt);
+        Block own{taken.data + view.row(*at->tile, rows[0]) * taken.stride + block * other,
+                  taken.stride};
+        if (rows[found - 1] - rows[0] != found - 1) {
+          for (int64_t n = 0; n < found; ++n)
+            std::copy_n(own.data + (rows[n] - rows[0]) * own.stride, ldt, gathered + n * ldt);
+          own = {gathered, ldt};
         }
-        const float *left = OF_X ? z : gathered, *right = OF_X ? gathered : z;
-        gemm<Order::kColumns, Update::kAdd>(rows_of_sums, OF_X ? ldt : padded(count), found, left,
-                                            OF_X ? ldz : ldt, right, OF_X ? ldt : ldz, sums, ldc);
+        const Block sum_of{z, ldz}, &left = OF_X ? sum_of : own, &right = OF_X ? own : sum_of;
+        gemm<Order::kColumns, Update::kAdd, kLargestTile>(
+            rows_of_sums, sum_width, found, left.data, left.stride, right.data, right.stride,
+            sums, ldc);
       }
-      char* matrix = static_cast<char*>(dweight.data_ptr()) +
-                     (relation * blocks + block) * height * columns * bytes_of(type);
+      if (in_place) continue;
       for (int64_t i = 0; i < rows_of_sums; ++i)
-        write_row(matrix + (OF_X ? (first + i) * columns : i * columns + first) * bytes_of(type),
-                  type, OF_X ? columns : count, sums + i * ldc);
+        write_row(target + i * columns * bytes_of(type), type, OF_X ? columns : count,
+                  sums + i * ldc);
     }
   });
 }
 
-void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const Tensor& order,
-           const Tensor& position, const Tensor& start, const Tensor& table, int64_t past,
-           int64_t future, int64_t aggregation, const std::optional<Tensor>& dx,
-           const std::optional<Tensor>& dweight) {
+// droot = xᵀ grad_out. One task sums some rows of it over all rows of x.
+void root_gradient(const Gradients& given, int64_t count, const Tensor& droot) {
+  constexpr int64_t kPart = 64;
+  const int64_t width_out = padded(given.width_out);
+  for_each_task((given.width_in + kPart - 1) / kPart, [&](auto next) {
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t first = task * kPart, rows = std::min(kPart, given.width_in - first);
+      Scratch scratch(rows * width_out);
+      float* sums = scratch.take(rows * width_out);
+      std::fill_n(sums, rows * width_out, 0.0f);
+      gemm<Order::kColumns, Update::kAdd>(rows, width_out, count, given.x.data + first,
+                                          given.x.stride, given.grad_out.data,
+                                          given.grad_out.stride, sums, width_out);
+      float* target = static_cast<float*>(droot.data_ptr()) + first * given.width_out;
+      for (int64_t i = 0; i < rows; ++i)
+        std::copy_n(sums + i * width_out, given.width_out, target + i * given.width_out);
+    }
+  });
+}
+
+void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+           const std::optional<Tensor>& root, const Tensor& order, const Tensor& position, 
+           const Tensor& start, const Tensor& table, int64_t past, int64_t future,
+           int64_t aggregation, const std::optional<Tensor>& dx,
+           const std::optional<Tensor>& dweight, const std::optional<Tensor>& droot) {
   const BandGraph graph(order, position, start, table, weight.size(0), past, future);
   const FloatRows x_rows(Table(x), graph.order.data(), false);
   const FloatRows grad_rows(Table(grad_out), graph.order.data(), false);
@@ -77,11 +108,14 @@ void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const 
   }
   if (dx) {
     BandView sources(graph, true);
-    const Weights transposed(weight, relations_in_use(sources), true);
+    const Weights transposed(weight, uses_of_relations(sources), true);
     if (given.mean()) sources.weigh_by_counts(targets, given.grad_out, given.width_out);
     else sources.prepare_totals<Sum>(given.grad_out, given.width_out);
-    convolve<Sum>(sources, given.grad_out, given.width_out, transposed, false, nullptr, Table(*dx));
+    const RootWeight root_weight(root, sources.tiles().size(), true);
+    convolve<Sum>(sources, given.grad_out, given.width_out, transposed, root_weight.get(), false,
+                  nullptr, Table(*dx));
   }
+  if (droot) root_gradient(given, x.size(0), *droot);
   if (dweight) {
     targets.prepare_totals<Sum>(given.x, given.width_in);
     weight_gradient<Sum, true>(targets, given);
@@ -90,7 +124,7 @@ void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const 
 
 // dedge_weight_e = <x of its source, what reaches the aggregate of its target and relation>.
 void edge_gradients(const EdgeView& targets, const Gradients& given, float* edge_gradient) {
-  const Weights transposed(given.weight, relations_in_use(targets), true);
+  const Weights transposed(given.weight, uses_of_relations(targets), true);
   const int64_t size = targets.largest_tile(), ldp = transposed.width();
   for_each_task(targets.tiles().size(), [&](auto next) {
     for (int64_t t = next(); t >= 0; t = next()) {
@@ -123,12 +157,13 @@ void edge_gradients(const EdgeView& targets, const Gradients& given, float* edge
 }
 
 void edges(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-           const std::optional<Tensor>& edge_weight, const Tensor& dst_start,
-           const Tensor& dst_source, const Tensor& dst_relation, const Tensor& dst_edge,
-           const Tensor& dst_count, const Tensor& src_start, const Tensor& src_target,
-           const Tensor& src_relation, const Tensor& src_edge, const Tensor& src_count,
-           int64_t aggregation, const std::optional<Tensor>& dx,
-           const std::optional<Tensor>& dweight, const std::optional<Tensor>& dedge_weight) {
+           const std::optional<Tensor>& root, const std::optional<Tensor>& edge_weight,
+           const Tensor& dst_start, const Tensor& dst_source, const Tensor& dst_relation,
+           const Tensor& dst_edge, const Tensor& dst_count, const Tensor& src_start,
+           const Tensor& src_target, const Tensor& src_relation, const Tensor& src_edge,
+           const Tensor& src_count, int64_t aggregation, const std::optional<Tensor>& dx,
+           const std::optional<Tensor>& dweight, const std::optional<Tensor>& droot,
+           const std::optional<Tensor>& dedge_weight) {
   const Edges by_target{Indices(dst_start), Indices(dst_source), Indices(dst_relation),
                         Indices(dst_edge), Indices(dst_count)};
   const Edges by_source{Indices(src_start), Indices(src_target), Indices(src_relation),
@@ -151,14 +186,16 @@ void edges(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
   }
   const EdgeView sources(by_source, relations, edge_weight, given.mean());
   if (dx) {
-    const Weights transposed(weight, relations_in_use(sources), true);
+    const Weights transposed(weight, uses_of_relations(sources), true);
+    const RootWeight root_weight(root, sources.tiles().size(), true);
     if (transforms_first(targets, sources, transposed))
-      convolve_products(targets, sources, given.grad_out, transposed, false, nullptr,
-                        Table(*dx));
+      convolve_products(targets, sources, given.grad_out, transposed, root_weight.get(), false,
+                        nullptr, Table(*dx));
     else
-      convolve<Sum>(sources, given.grad_out, given.width_out, transposed, false, nullptr,
-                    Table(*dx));
+      convolve<Sum>(sources, given.grad_out, given.width_out, transposed, root_weight.get(), false,
+                    nullptr, Table(*dx));
   }
+  if (droot) root_gradient(given, x.size(0), *droot);
   if (dweight) {
     const int64_t entries = given.width_in * weight.size(3);
     const double of_x = operations(targets, given.width_in, entries);
@@ -175,15 +212,15 @@ void edges(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
-      "_relation_conv_bands_bwd_cpu(Tensor grad_out, Tensor x, Tensor weight, Tensor order, "
-      "Tensor position, Tensor start, Tensor table, int past, int future, int aggregation, "
-      "Tensor(a!)? dx, Tensor(b!)? dweight) -> ()");
+      "_relation_conv_bands_bwd_cpu(Tensor grad_out, Tensor x, Tensor weight, Tensor? root, "
+      "Tensor order, Tensor position, Tensor start, Tensor table, int past, int future, "
+      "int aggregation, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? droot) -> ()");
   m.def(
-      "_relation_conv_edges_bwd_cpu(Tensor grad_out, Tensor x, Tensor weight, "
+      "_relation_conv_edges_bwd_cpu(Tensor grad_out, Tensor x, Tensor weight, Tensor? root, "
       "Tensor? edge_weight, Tensor dst_start, Tensor dst_source, Tensor dst_relation, "
       "Tensor dst_edge, Tensor dst_count, Tensor src_start, Tensor src_target, "
       "Tensor src_relation, Tensor src_edge, Tensor src_count, int aggregation, "
-      "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dedge_weight) -> ()");
+      "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? droot, Tensor(d!)? dedge_weight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rdfkern, CPU, m) {

@@ -1,4 +1,4 @@
-// out_i = addend_i + sum over relations r of AGG over the neighbours j of r (x_j) W_r.
+// out_i = addend_i + x_i root + sum over relations r of AGG over the neighbours j of r (x_j) W_r.
 #include <torch/csrc/stable/library.h>
 
 #include "relation_bands.h"
@@ -9,11 +9,12 @@ namespace {
 
 template <class View>
 void forward(View& view, const Block& x, int64_t width_in, const Weights& weights,
-             Aggregation aggregation, const Table* addend, const Tensor& out) {
+             const Weights* root, Aggregation aggregation, const Table* addend, const Tensor& out) {
   auto run = [&](auto op) {
     using Op = decltype(op);
     view.template prepare_totals<Op>(x, width_in);
-    convolve<Op>(view, x, width_in, weights, aggregation == Aggregation::kMean, addend, Table(out));
+    convolve<Op>(view, x, width_in, weights, root, aggregation == Aggregation::kMean, addend,
+                 Table(out));
   };
   aggregation == Aggregation::kMax ? run(Max{}) : run(Sum{});
 }
@@ -22,21 +23,22 @@ std::optional<Table> table_of(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Table>(Table(*tensor)) : std::nullopt;
 }
 
-void forward_bands(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& addend,
-                   const Tensor& order, const Tensor& position, const Tensor& start,
+void forward_bands(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& root,
+                   const std::optional<Tensor>& addend, const Tensor& order, const Tensor& position, const Tensor& start,
                    const Tensor& table, int64_t past, int64_t future, int64_t aggregation,
                    const Tensor& out) {
   const BandGraph graph(order, position, start, table, weight.size(0), past, future);
   BandView view(graph, false);
   const FloatRows rows(Table(x), graph.order.data(), false);
-  const Weights weights(weight, relations_in_use(view), false);
+  const Weights weights(weight, uses_of_relations(view), false);
+  const RootWeight root_weight(root, view.tiles().size(), false);
   const std::optional<Table> added = table_of(addend);
-  forward(view, rows.block(), x.size(1), weights, Aggregation(aggregation),
+  forward(view, rows.block(), x.size(1), weights, root_weight.get(), Aggregation(aggregation),
           added ? &*added : nullptr, out);
 }
 
-void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& addend,
-                   const std::optional<Tensor>& edge_weight, const Tensor& dst_start,
+void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& root,
+                   const std::optional<Tensor>& addend, const std::optional<Tensor>& edge_weight, const Tensor& dst_start,
                    const Tensor& dst_source, const Tensor& dst_relation, const Tensor& dst_edge,
                    const Tensor& dst_count, const Tensor& src_start, const Tensor& src_target,
                    const Tensor& src_relation, const Tensor& src_edge, const Tensor& src_count,
@@ -47,18 +49,20 @@ void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Te
                         Indices(src_edge), Indices(src_count)};
   EdgeView targets(by_target, weight.size(0), edge_weight, false);
   const FloatRows rows(Table(x), nullptr, weight.size(1) == 1);
-  const Weights weights(weight, relations_in_use(targets), false);
+  const Weights weights(weight, uses_of_relations(targets), false);
+  const RootWeight root_weight(root, targets.tiles().size(), false);
   const std::optional<Table> added = table_of(addend);
   const Table* first = added ? &*added : nullptr;
   if (Aggregation(aggregation) != Aggregation::kMax) {
     const EdgeView sources(by_source, weight.size(0), std::nullopt, false);
     if (transforms_first(sources, targets, weights)) {
-      convolve_products(sources, targets, rows.block(), weights,
+      convolve_products(sources, targets, rows.block(), weights, root_weight.get(),
                         Aggregation(aggregation) == Aggregation::kMean, first, Table(out));
       return;
     }
   }
-  forward(targets, rows.block(), x.size(1), weights, Aggregation(aggregation), first, out);
+  forward(targets, rows.block(), x.size(1), weights, root_weight.get(), Aggregation(aggregation),
+          first, out);
 }
 
 }  // namespace
@@ -66,11 +70,12 @@ void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
-      "_relation_conv_bands_fwd_cpu(Tensor x, Tensor weight, Tensor? addend, Tensor order, "
+      "_relation_conv_bands_fwd_cpu(Tensor x, Tensor weight, Tensor? root, Tensor? addend, "
+      "Tensor order, "
       "Tensor position, Tensor start, Tensor table, int past, int future, int aggregation, "
       "Tensor(a!) out) -> ()");
   m.def(
-      "_relation_conv_edges_fwd_cpu(Tensor x, Tensor weight, Tensor? addend, "
+      "_relation_conv_edges_fwd_cpu(Tensor x, Tensor weight, Tensor? root, Tensor? addend, "
       "Tensor? edge_weight, Tensor dst_start, Tensor dst_source, Tensor dst_relation, "
       "Tensor dst_edge, Tensor dst_count, Tensor src_start, Tensor src_target, "
       "Tensor src_relation, Tensor src_edge, Tensor src_count, int aggregation, "

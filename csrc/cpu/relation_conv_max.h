@@ -54,7 +54,7 @@ inline Vec where(IntVec chosen, Vec value) { return bits<Vec>(bits<IntVec>(value
 template <class View>
 void pass_through_maxima(const View& targets, const View& sources, const Gradients& given,
                          int64_t target_rows, int64_t source_rows, float* edge_gradient) {
-  const Weights transposed(given.weight, relations_in_use(targets), true);
+  const Weights transposed(given.weight, uses_of_relations(targets), true);
   const WorksOfRelations<View> heard(targets), hearing(sources);
   const int64_t width = padded(given.width_in), ldp = transposed.width();
   const int64_t size = targets.largest_tile();

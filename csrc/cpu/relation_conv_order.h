@@ -24,8 +24,8 @@ inline bool transforms_first(const EdgeView& from, const EdgeView& to, const Wei
 
 // As `convolve` of sums and means over `to`, one relation after the other.
 inline void convolve_products(const EdgeView& from, const EdgeView& to, const Block& x,
-                              const Weights& weights, bool mean, const Table* addend,
-                              const Table& out) {
+                              const Weights& weights, const Weights* root, bool mean,
+                              const Table* addend, const Table& out) {
   const WorksOfRelations<EdgeView> sending(from), hearing(to);
   const int64_t width = weights.width(), ldz = padded(weights.blocks * weights.rows);
   const Buffer products(from.num_rows() * width), sums(out.rows * width);
@@ -37,6 +37,9 @@ inline void convolve_products(const EdgeView& from, const EdgeView& to, const Bl
       read_row(addend->at(i), addend->type, out.width, row);
       weights.spread(row, sums.data() + i * width);
     }
+    if (root)
+      root->multiply(0, end - begin, x.data + begin * x.stride, x.stride,
+                     sums.data() + begin * width);
   });
   for (int64_t relation = 0; relation < to.relations(); ++relation) {
     const auto* places = sending.begin(relation);

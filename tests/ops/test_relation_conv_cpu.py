@@ -462,23 +462,26 @@ class TestRegisteredOperators:
         tensors, past, future = bands.layout(graph)
         x = rand(graph.num_src, 6, seed=1)
         weight = random_weight(form, graph.num_relations, 6, 4)[0]
+        root = rand(6, 4, seed=5) if form == "full" else None
         addend = rand(4, seed=2).expand(graph.num_dst, -1)
         edge_weight = rand(90, seed=3) if explicit else None
         layout = (list(tensors), past, future, "mean")
-        return x, weight, addend, edge_weight, layout, graph.num_dst
+        return x, weight, root, addend, edge_weight, layout, graph.num_dst
 
     @pytest.mark.parametrize("explicit", [False, True])
     @pytest.mark.parametrize("form", ["full", "blocks"])
     def test_opcheck(self, explicit, form):
-        x, weight, addend, edge_weight, layout, num_dst = self.arguments(explicit, form)
+        x, weight, root, addend, edge_weight, layout, num_dst = self.arguments(explicit, form)
+        rooted = root is not None
         torch.library.opcheck(
             torch.ops.rdfkern.relation_conv_fwd.default,
-            (x, weight, addend, edge_weight, *layout, num_dst, "cpu"),
+            (x, weight, root, addend, edge_weight, *layout, num_dst, "cpu"),
         )
-        for needs in ([True, True, explicit], [False, True, False], [True, False, False]):
+        everything = [True, True, rooted, explicit]
+        for needs in (everything, [False, True, False, False], [True, False, False, False]):
             torch.library.opcheck(
                 torch.ops.rdfkern.relation_conv_bwd.default,
-                (rand(num_dst, 4, seed=4), x, weight, edge_weight, *layout, needs, "cpu"),
+                (rand(num_dst, 4, seed=4), x, weight, root, edge_weight, *layout, needs, "cpu"),
             )
 
     @pytest.mark.parametrize("positions", [None, "shared"])
@@ -582,8 +585,8 @@ class TestRegisteredOperators:
             grad.sum().backward()
 
     def test_fake_shapes(self):
-        x, weight, addend, edge_weight, layout, num_dst = self.arguments(True, "blocks")
-        fake = conv_op._fake_forward(x, weight, addend, edge_weight, *layout, num_dst, "cpu")
+        x, weight, root, addend, edge_weight, layout, num_dst = self.arguments(True, "blocks")
+        fake = conv_op._fake_forward(x, weight, root, addend, edge_weight, *layout, num_dst, "cpu")
         assert fake.shape == (num_dst, 4)
 
 

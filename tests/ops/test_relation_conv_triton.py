@@ -469,9 +469,10 @@ def test_opcheck(implicit, monkeypatch):
     )
     rest = (list(tensors), past, future, "mean")
     forward, backward = torch.ops.rdfkern.relation_conv_fwd, torch.ops.rdfkern.relation_conv_bwd
-    arguments = (x, weight, None, factor, *rest, graph.num_dst, "triton")
+    arguments = (x, weight, None, None, factor, *rest, graph.num_dst, "triton")
     torch.library.opcheck(forward.default, arguments)
-    arguments = (grad, x, weight, factor, *rest, [True, True, not implicit], "triton")
+    needs = [True, True, False, not implicit]
+    arguments = (grad, x, weight, None, factor, *rest, needs, "triton")
     torch.library.opcheck(backward.default, arguments)
 
 

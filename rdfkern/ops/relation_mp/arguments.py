@@ -45,6 +45,8 @@ def conv_arguments(
     optional = names[2:]
     check_floating({name: t for name, t in given.items() if t is not None or name not in optional})
     x_src, weight, coefficients, edge_weight, root_weight, bias, x_dst = tensors
+    if x_dst is not None and not isinstance(x, tuple | list):
+        x_dst = x_src  # one tensor after autocast too
     _check_on_device(graph, "x", x_src)
     check_shape("x", x_src, (graph.num_src, None), "(N_src, in)")
     width_out = _check_weight(weight, coefficients, graph, x_src.shape[1])

@@ -40,11 +40,13 @@ def forward(
     future: int,
     aggr: str,
     num_dst: int,
+    *,
+    root: Tensor | None = None,
 ) -> Tensor:
     """See conv_op."""
     out = x.new_empty((num_dst, conv_op.width_out(weight)))
     addend = None if addend is None else _unit_stride(addend)
-    inputs = (_unit_stride(x), _blocks(weight), addend)
+    inputs = (_unit_stride(x), _blocks(weight), _root_block(root), addend)
     aggregation = _AGGREGATIONS.index(aggr)
     jit.load("cpu")
     if isinstance(graph, Bands):
@@ -68,13 +70,17 @@ def backward(
     future: int,
     aggr: str,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *,
+    root: Tensor | None = None,
+    needs_root: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See conv_op."""
     dx = x.new_empty(x.shape) if needs[0] else None
     dweight = weight.new_empty(weight.shape) if needs[1] else None
+    droot = root.new_empty(root.shape) if needs_root else None
     wide_dedge = torch.empty(edge_weight.shape) if needs[2] else None
-    inputs = (_unit_stride(grad_out), _unit_stride(x), _blocks(weight))
-    filled = (dx, None if dweight is None else _as_blocks(dweight))
+    inputs = (_unit_stride(grad_out), _unit_stride(x), _blocks(weight), _root_block(root))
+    filled = (dx, None if dweight is None else _as_blocks(dweight), droot)
     aggregation = _AGGREGATIONS.index(aggr)
     jit.load("cpu")
     if isinstance(graph, Bands):
@@ -85,7 +91,7 @@ def backward(
         torch.ops.rdfkern._relation_conv_edges_bwd_cpu(
             *inputs, edge_weight, *graph, aggregation, *filled, wide_dedge
         )
-    return dx, dweight, None if wide_dedge is None else wide_dedge.to(x.dtype)
+    return dx, dweight, None if wide_dedge is None else wide_dedge.to(x.dtype), droot
 
 
 def _contiguous(graph: Bands) -> tuple[Tensor, ...]:
@@ -96,6 +102,10 @@ def _contiguous(graph: Bands) -> tuple[Tensor, ...]:
 def _blocks(weight: Tensor) -> Tensor:
     """(R, NB, in/NB, out/NB) float32 whose rows have unit strides."""
     return _unit_stride(_as_blocks(weight).to(torch.float32))
+
+
+def _root_block(root: Tensor | None) -> Tensor | None:
+    return None if root is None else _unit_stride(root)[None, None]
 
 
 def _as_blocks(weight: Tensor) -> Tensor:

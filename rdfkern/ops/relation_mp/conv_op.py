@@ -14,7 +14,8 @@ are at least 1 (there may still be no edges).
         any strides (0 included). Basis weights arrive combined: R · B · in · out operations, few
         beside those of the nodes; their gradients are torch's.
     addend: None, or (N_dst, out) in x's dtype or float32, any strides: x_dst · root + bias, which
-        torch multiplies. It joins the sum before the one rounding to x's dtype.
+        torch multiplies, or only the bias where `root` is given. It joins the sum before the one
+        rounding to x's dtype.
     edge_weight: None, or (E,) in x's dtype in the edges' own numbering; explicit graphs only.
     graph: `Bands` or `EdgeLists` (see bands.py).
     past, future: of implicit graphs, `UNLIMITED` without bound.
@@ -28,6 +29,10 @@ are at least 1 (there may still be no edges).
         dweight that of weight; all contiguous. Under `max`, the edges that tie for an element
         share its gradient evenly. Relations without edges get zeros.
         Bitwise reproducible without exception: no atomic additions.
+
+Kernels of `WITH_ROOT` also take `root=`, None or float32 (in, out) of any strides, in both
+directions: out_i gets x_i · root, which saves passes over rows and memory. Their backward takes
+`needs_root=` and returns droot, float32, as a fourth.
 """
 
 from __future__ import annotations
@@ -50,16 +55,20 @@ KERNELS = {
     "cuda": ".conv_cuda",
 }
 
+# With weights in one block, sums or means, and targets that are the sources.
+WITH_ROOT = ("cpu",)
+
 _GRAPH = "Tensor[] graph, int past, int future, str aggr"
 torch.library.define(
     "rdfkern::relation_conv_fwd",
-    "(Tensor x, Tensor weight, Tensor? addend, Tensor? edge_weight, "
+    "(Tensor x, Tensor weight, Tensor? root, Tensor? addend, Tensor? edge_weight, "
     f"{_GRAPH}, SymInt num_dst, str impl) -> Tensor",
 )
 torch.library.define(
     "rdfkern::relation_conv_bwd",
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? edge_weight, "
-    f"{_GRAPH}, bool[] needs, str impl) -> (Tensor dx, Tensor dweight, Tensor dedge_weight)",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? root, Tensor? edge_weight, "
+    f"{_GRAPH}, bool[] needs, str impl) -> "
+    "(Tensor dx, Tensor dweight, Tensor droot, Tensor dedge_weight)",
 )
 
 
@@ -80,17 +89,15 @@ def relation_conv(
     if coefficients is not None:
         bases = _wide(weight).flatten(1)  # [B, in * out]
         weight = (_wide(coefficients) @ bases).unflatten(1, weight.shape[1:])
-    addend = None
-    if root_weight is not None:
-        addend = _wide(x_dst) @ _wide(root_weight)
-        if bias is not None:
-            addend = addend + _wide(bias)
-    elif bias is not None:
-        addend = _wide(bias).expand(graph.num_dst, -1)
+    addend = None if bias is None else _wide(bias).expand(graph.num_dst, -1)
+    root = None if root_weight is None else _wide(root_weight)
+    kernel_has_root = impl in WITH_ROOT and x_dst is x_src and weight.dim() == 3 and aggr != "max"
+    if root is not None and not kernel_has_root:
+        heard = _wide(x_dst) @ root
+        addend, root = heard if addend is None else heard + addend, None
     tensors, past, future = bands.layout(graph)
-    return _RelationConv.apply(
-        x_src, weight, addend, edge_weight, past, future, aggr, graph.num_dst, impl, *tensors
-    )
+    numbers = (past, future, aggr, graph.num_dst, impl)
+    return _RelationConv.apply(x_src, weight, root, addend, edge_weight, *numbers, *tensors)
 
 
 class _RelationConv(torch.autograd.Function):
@@ -99,6 +106,7 @@ class _RelationConv(torch.autograd.Function):
         ctx: FunctionCtx,
         x: Tensor,
         weight: Tensor,
+        root: Tensor | None,
         addend: Tensor | None,
         edge_weight: Tensor | None,
         past: int,
@@ -108,34 +116,35 @@ class _RelationConv(torch.autograd.Function):
         impl: str,
         *graph: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, edge_weight, *graph)
+        ctx.save_for_backward(x, weight, root, edge_weight, *graph)
         ctx.options = (past, future, aggr, impl)
         ctx.addend_dtype = None if addend is None else addend.dtype
         return torch.ops.rdfkern.relation_conv_fwd(
-            x, weight, addend, edge_weight, list(graph), past, future, aggr, num_dst, impl
+            x, weight, root, addend, edge_weight, list(graph), past, future, aggr, num_dst, impl
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Any, ...]:
-        x, weight, edge_weight, *graph = ctx.saved_tensors
+        x, weight, root, edge_weight, *graph = ctx.saved_tensors
         past, future, aggr, impl = ctx.options
-        needs = [ctx.needs_input_grad[at] for at in (0, 1, 3)]
-        gradients: list[Tensor | None] = [None, None, None]
+        needs = [ctx.needs_input_grad[at] for at in (0, 1, 2, 4)]
+        gradients: list[Tensor | None] = [None] * 4
         if any(needs):
             results = torch.ops.rdfkern.relation_conv_bwd(
-                grad_out, x, weight, edge_weight, graph, past, future, aggr, needs, impl
+                grad_out, x, weight, root, edge_weight, graph, past, future, aggr, needs, impl
             )
             gradients = [g if need else None for g, need in zip(results, needs, strict=True)]
-        dx, dweight, dedge_weight = gradients
-        daddend = grad_out.to(ctx.addend_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dweight, daddend, dedge_weight, *(None,) * (5 + len(graph))
+        dx, dweight, droot, dedge_weight = gradients
+        daddend = grad_out.to(ctx.addend_dtype) if ctx.needs_input_grad[3] else None
+        return dx, dweight, droot, daddend, dedge_weight, *(None,) * (5 + len(graph))
 
 
 @torch.library.impl("rdfkern::relation_conv_fwd", ("cpu", "cuda"))
 def _forward(
     x: Tensor,
     weight: Tensor,
+    root: Tensor | None,
     addend: Tensor | None,
     edge_weight: Tensor | None,
     graph: Sequence[Tensor],
@@ -147,9 +156,12 @@ def _forward(
 ) -> Tensor:
     if not (x.numel() and weight.numel() and num_dst):
         out = x.new_zeros((num_dst, width_out(weight)))
-        return out if addend is None else out.copy_(addend)
+        heard = addend if root is None else _wide(x) @ root + (0.0 if addend is None else addend)
+        return out if heard is None else out.copy_(heard)
+    options = {} if root is None else {"root": root}
+    graph = _named(graph, past)
     return _kernels(impl).forward(
-        x, weight, addend, edge_weight, _named(graph, past), past, future, aggr, num_dst
+        x, weight, addend, edge_weight, graph, past, future, aggr, num_dst, **options
     )
 
 
@@ -158,6 +170,7 @@ def _backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
+    root: Tensor | None,
     edge_weight: Tensor | None,
     graph: Sequence[Tensor],
     past: int,
@@ -165,14 +178,23 @@ def _backward(
     aggr: str,
     needs: Sequence[bool],
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    for_x, for_weight, for_root, for_edges = needs
     if not (x.numel() and weight.numel() and grad_out.numel()):
         arguments = (graph, past, future, aggr, needs, impl)
-        empty = _fake_backward(grad_out, x, weight, edge_weight, *arguments)
-        return tuple(gradient.zero_() for gradient in empty)
-    gradients = _kernels(impl).backward(
-        grad_out, x, weight, edge_weight, _named(graph, past), past, future, aggr, tuple(needs)
+        empty = _fake_backward(grad_out, x, weight, root, edge_weight, *arguments)
+        gradients = tuple(gradient.zero_() for gradient in empty)
+        if root is not None and for_x:
+            gradients[0].copy_(_wide(grad_out) @ root.mT)
+        if for_root:
+            gradients[2].copy_(_wide(x).mT @ _wide(grad_out))
+        return gradients
+    inputs = (grad_out, x, weight, edge_weight, _named(graph, past), past, future, aggr)
+    options = {} if root is None else {"root": root, "needs_root": for_root}
+    dx, dweight, dedge_weight, *droot = _kernels(impl).backward(
+        *inputs, (for_x, for_weight, for_edges), **options
     )
+    gradients = (dx, dweight, droot[0] if for_root else None, dedge_weight)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -180,6 +202,7 @@ def _backward(
 def _fake_forward(
     x: Tensor,
     weight: Tensor,
+    root: Tensor | None,
     addend: Tensor | None,
     edge_weight: Tensor | None,
     graph: Sequence[Tensor],
@@ -197,6 +220,7 @@ def _fake_backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
+    root: Tensor | None,
     edge_weight: Tensor | None,
     graph: Sequence[Tensor],
     past: int,
@@ -204,8 +228,8 @@ def _fake_backward(
     aggr: str,
     needs: Sequence[bool],
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (x, weight, edge_weight)
+) -> tuple[Tensor, ...]:
+    inputs = (x, weight, root, edge_weight)
     return tuple(
         tensor.new_empty(tensor.shape) if need else x.new_empty(0)
         for tensor, need in zip(inputs, needs, strict=True)
