@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..._backends import jit
 from ..._backends.dispatch import Arguments
-from . import attention_op
+from . import attention_gat, attention_op
 from .bands import EdgeLists
 from .windows import Windows, too_many_rows
 
 relation_attention = partial(attention_op.relation_attention, impl="cpu")
 relation_dot_attention = partial(attention_op.relation_dot_attention, impl="cpu")
+relation_gat = partial(attention_gat.relation_gat, impl="cpu")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LANES = 16

@@ -113,11 +113,21 @@ def _attend(
     graph: RelationGraph,
     options: tuple[float, float, bool, float, str],
 ) -> Tensor:
-    tensors = windows(graph) if graph.is_implicit else bands.layout(graph).tensors
+    return _RelationAttention.apply(
+        value, dst, src, rel, new_seed(options[3]), options, *graph_tensors(graph)
+    )
+
+
+def graph_tensors(graph: RelationGraph) -> Sequence[Tensor]:
+    """What the operators take of a graph."""
+    return windows(graph) if graph.is_implicit else bands.layout(graph).tensors
+
+
+def new_seed(dropout_p: float) -> Tensor | None:
+    """Where dropout starts from, if there is any."""
     # A tensor, so that compiled code draws a new one in every call; on the CPU, where reading it
     # does not wait for an accelerator.
-    seed = torch.randint(2**62, (), device="cpu") if options[3] > 0.0 else None
-    return _RelationAttention.apply(value, dst, src, rel, seed, options, *tensors)
+    return torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
 
 
 class _RelationAttention(torch.autograd.Function):
