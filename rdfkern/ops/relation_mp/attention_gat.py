@@ -68,5 +68,8 @@ class _RelationGat(torch.autograd.Function):
         with without_autocast(value.device.type):
             to_logits = torch.stack((ddst.t(), dsrc.t()), dim=1)  # [H, 2, N]
             datt = torch.bmm(to_logits, value.transpose(0, 1))  # [H, 2, C]
-            dvalue.transpose(0, 1).baddbmm_(to_logits.transpose(1, 2), att)
+            if torch.compiler.is_compiling():  # which loses the strides of an update in place
+                dvalue = dvalue + torch.bmm(to_logits.transpose(1, 2), att).transpose(0, 1)
+            else:
+                dvalue.transpose(0, 1).baddbmm_(to_logits.transpose(1, 2), att)
         return dvalue, *datt.unbind(1), drel, None, None, *(None,) * len(graph)
