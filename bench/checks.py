@@ -15,7 +15,7 @@ from torch import Tensor
 
 OUTPUT_LIMIT, GRADIENT_LIMIT, PEER_LIMIT = 2.0, 3.0, 10.0
 # Each number a sum over all rows or edges that nearly cancels: plain torch may be right by luck.
-SUMS = ("lam", "embedding")
+SUMS = ("lam", "embedding", "rel")
 SUM_LIMIT = 30.0
 
 

@@ -50,12 +50,26 @@ def one_product(inputs: dict[str, Tensor], x_dst: Tensor, means: Tensor) -> Tens
 
 
 def attention(h: Tensor, dst: Tensor, src: Tensor, rel: Tensor, edges: Edges) -> Tensor:
-    """Softmax and weighted sum over the edges of a target: (N_dst, H C)."""
+    """R-GAT over the edges of a target: (N_dst, H C)."""
+    logits = dst[edges.target] + src[edges.source] + rel[edges.kind]  # [E, H]
+    return _attend(F.leaky_relu(logits, 0.2), h, edges)
+
+
+def dot_attention(query: Tensor, key: Tensor, value: Tensor, rel: Tensor, edges: Edges) -> Tensor:
+    """The dot form: (N_dst, H C)."""
+    logits = (query[edges.target] * key[edges.source]).sum(2) * query.shape[2] ** -0.5
+    return _attend(logits + rel[edges.kind], value, edges)
+
+
+def _attend(logits: Tensor, value: Tensor, edges: Edges) -> Tensor:
+    """Softmax over the edges of a target, and the weighted sum of their sources' values."""
     target = edges.target
-    logits = F.leaky_relu(dst[target] + src[edges.source] + rel[edges.kind], 0.2)  # [E, H]
     index = target[:, None].expand_as(logits)
-    largest = torch.full_like(dst, -torch.inf).scatter_reduce(0, index, logits.detach(), "amax")
+    largest = logits.new_full((edges.num_dst, logits.shape[1]), -torch.inf)
+    largest = largest.scatter_reduce(0, index, logits.detach(), "amax")
     weights = (logits - largest[target]).exp()
-    weights = weights / torch.zeros_like(dst).index_add(0, target, weights)[target]
-    messages = weights[:, :, None] * h[edges.source]
-    return h.new_zeros(edges.num_dst, *h.shape[1:]).index_add(0, target, messages).flatten(1)
+    weights = weights / torch.zeros_like(largest).index_add(0, target, weights)[target]
+    messages = weights[:, :, None] * value[edges.source]
+    return (
+        value.new_zeros(edges.num_dst, *value.shape[1:]).index_add(0, target, messages).flatten(1)
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,15 @@ def candidates(shape: RelationShape, device: torch.device) -> list[Candidate]:
             Candidate("torch-scatter", _torch_scatter),
             Candidate("torch by hand", _conv_by_hand),
         ]
-    found.append(Candidate("PyG RGATConv", _rgat))
+    is_dot = shape.op == "relation_dot_attention"
+    if shape.transforms and not is_dot:
+        found.append(Candidate("PyG RGATConv", _rgat))
     if shape.conversations is None and shape.rule != RANDOM:
-        found.append(Candidate("ReDiFu, dense", _redifu_dense))
+        if is_dot:
+            found.append(Candidate("dense SDPA", partial(_dot_dense, attend=_sdpa)))
+            found.append(Candidate("dense products", partial(_dot_dense, attend=_products)))
+        else:
+            found.append(Candidate("ReDiFu, dense", _redifu_dense))
     return [*found, Candidate("torch by hand", _attention_by_hand)]
 
 
@@ -124,14 +131,10 @@ def _rgat(problem: RelationProblem) -> Run:
     pick[torch.arange(heads) * channels, torch.arange(heads)] = 1
 
     def forward() -> Tensor:
-        weight = leaves["weight"].permute(1, 0, 2).flatten(1)  # [in, H C]
-        a_dst, a_src, a_rel = leaves["a"].split(
-            [channels, channels, leaves["embedding"].shape[1]], dim=1
-        )
-        logit_rel = leaves["embedding"] @ a_rel.T  # [R, H]
+        a_dst, a_src, logit_rel = problem.vectors(leaves)
         projection = (pick[:, :, None] * logit_rel.T).sum(1)  # [H C, R]
         parameters = {
-            "weight": weight.expand(relations, -1, -1),
+            "weight": leaves["weight"].expand(relations, -1, -1),
             "q": torch.block_diag(*a_dst[:, :, None]),
             "k": torch.block_diag(*a_src[:, :, None]),
             "e": pick,
@@ -146,25 +149,26 @@ def _rgat(problem: RelationProblem) -> Run:
 def _redifu_dense(problem: RelationProblem) -> Run:
     """ReDiFu's layer as released: every pair of a padded dialogue with its 2 d + 10 features."""
     shape, heads = problem.shape, problem.shape.heads
-    size, length, channels = shape.dialogues, shape.length, shape.out // heads
-    pairs = size * length**2
-    check_memory(4 * heads * pairs * (2 * channels + 10) * shape.dtype.itemsize, problem.device)
-    (source, target), kind = problem.edges(0)
-    codes = torch.zeros(size, length, length, dtype=torch.long, device=problem.device)
-    codes[target // length, target % length, source % length] = kind + 1  # 0: no edge
+    length, channels = shape.length, shape.out // heads
+    codes = _codes(problem, heads * (2 * channels + 10))
     leaves = fresh(problem.inputs)
 
+    def features() -> list[Tensor]:
+        """h of every head, [B, N, C]."""
+        if not shape.transforms:
+            return list(leaves["h"].unflatten(0, (-1, length)).unbind(2))
+        x = leaves["x"].unflatten(0, (-1, length))
+        return [x @ weight for weight in leaves["weight"].unflatten(1, (heads, -1)).unbind(1)]
+
     def forward() -> Tensor:
-        x = leaves["x"].view(size, length, -1)
         embedding = F.pad(leaves["embedding"], (0, 0, 1, 0))  # its first row: no edge
         relation = embedding[codes]  # [B, N, N, 10]
         outs = []
-        for weight, a in zip(leaves["weight"], leaves["a"], strict=True):
-            h = x @ weight  # [B, N, C]
+        for h, a in zip(features(), leaves["a"], strict=True):
             of_target = h[:, :, None].expand(-1, -1, length, -1)
             of_source = h[:, None].expand(-1, length, -1, -1)
-            features = torch.cat([of_target, of_source, relation], dim=-1)
-            logits = F.leaky_relu(features @ a, 0.2)
+            pairs = torch.cat([of_target, of_source, relation], dim=-1)
+            logits = F.leaky_relu(pairs @ a, 0.2)
             attention = torch.where(codes > 0, logits, -9e15).softmax(-1)
             outs.append(attention @ h)
         return torch.cat(outs, dim=-1).flatten(0, 1)
@@ -172,15 +176,47 @@ def _redifu_dense(problem: RelationProblem) -> Run:
     return Run(forward, leaves)
 
 
+def _dot_dense(problem: RelationProblem, attend: Callable[..., Tensor]) -> Run:
+    """Attention over padded dialogues; logits of relations, -inf without an edge, as its mask."""
+    length = problem.shape.length
+    codes, leaves = _codes(problem, 4 * problem.shape.heads), fresh(problem.inputs)
+
+    def forward() -> Tensor:
+        query, key, value = (
+            rows.unflatten(0, (-1, length)).transpose(1, 2) for rows in problem.transform(leaves)
+        )  # [B, H, N, C]
+        rel = F.pad(leaves["rel"], (0, 0, 1, 0), value=-torch.inf)
+        bias = rel[codes].permute(0, 3, 1, 2)  # [B, H, N, N]
+        return attend(query, key, value, bias).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    return Run(forward, leaves)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, bias)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    logits = query @ key.mT * query.shape[3] ** -0.5 + bias
+    return logits.softmax(-1) @ value
+
+
+def _codes(problem: RelationProblem, floats_of_a_pair: int) -> Tensor:
+    """[B, N, N], one more than the relation of every pair, 0 without an edge."""
+    shape = problem.shape
+    size, length = shape.dialogues, shape.length
+    bytes_of_a_pair = 4 * floats_of_a_pair * shape.dtype.itemsize
+    check_memory(size * length**2 * bytes_of_a_pair, problem.device)
+    (source, target), kind = problem.edges(0)
+    codes = torch.zeros(size, length, length, dtype=torch.long, device=problem.device)
+    codes[target // length, target % length, source % length] = kind + 1
+    return codes
+
+
 def _attention_by_hand(problem: RelationProblem) -> Run:
     edges = _edges(problem, 3 * problem.shape.out * problem.shape.dtype.itemsize)
     leaves = fresh(problem.inputs)
-
-    def forward() -> Tensor:
-        h = problem.transform(leaves)
-        return by_hand.attention(h, *problem.logits(h, leaves), edges)
-
-    return Run(forward, leaves)
+    return Run(lambda: problem.by_hand(leaves, edges), leaves)
 
 
 def _import(module: str, package: str) -> Any:

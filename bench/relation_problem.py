@@ -19,21 +19,26 @@ from .shapes import BOTH, PAIRS, RANDOM, RelationShape
 
 CHECKED_TARGETS = 256
 EMBEDDING_DIM = 10
+# What a layer of attention makes of its features.
+TRANSFORMED = {"relation_attention": ("h",), "relation_dot_attention": ("query", "key", "value")}
 # Index lists that implementations without a kernel make, of an edge: about six of 8 bytes.
 BYTES_OF_AN_EDGE = 48
 
 
 class RelationProblem:
-    """A layer: R-GCN with root and bias, or R-GAT as ReDiFu's, from features to output.
+    """A layer: R-GCN with root and bias, or attention, from features to output.
 
-    R-GAT: h = x W per head; logits a · [h_i, h_j, embedding of the relation]; LeakyReLU, softmax
-    over all edges of a target, weighted sum of h. Where there are many targets, some are checked,
-    with a gradient that is zero elsewhere: the truth needs the edges into these only.
+    R-GAT as ReDiFu's: h = x W per head; logits a · [h_i, h_j, embedding of the relation];
+    LeakyReLU, softmax over all edges of a target, weighted sum of h. Dot form: query, key and
+    value = x W; logits query · key / sqrt(C) + rel. A shape that does not transform starts from h,
+    or from query, key and value. Where there are many targets, some are checked, with a gradient
+    that is zero elsewhere: the truth needs the edges into these only.
 
     Attributes:
         graph: what both rdfkern and, through its edges, the peers get.
-        inputs: conv: x, weight, root, bias; attention: x, weight (H, in, C), a (H, 2 C + 10),
-            embedding (R, 10).
+        inputs: conv: x, weight, root, bias; R-GAT: x and weight (in, H C), or h (N, H, C), with
+            a (H, 2 C + 10) and embedding (R, 10); dot form: x and weight (in, 3 H C), or query,
+            key and value (N, H, C), with rel (R, H).
     """
 
     def __init__(
@@ -58,13 +63,18 @@ class RelationProblem:
                 "bias": draw(out),
             }
         else:
-            channels = out // heads
-            self.inputs = {
-                "x": draw(nodes, width),
-                "weight": draw(heads, width, channels, scale=shrink),
-                "a": draw(heads, 2 * channels + EMBEDDING_DIM, scale=channels**-0.5),
-                "embedding": draw(relations, EMBEDDING_DIM),
-            }
+            channels, names = out // heads, TRANSFORMED[shape.op]
+            if shape.transforms:
+                weight = draw(width, len(names) * out, scale=shrink)
+                self.inputs = {"x": draw(nodes, width), "weight": weight}
+            else:
+                self.inputs = {name: draw(nodes, heads, channels) for name in names}
+            if shape.op == "relation_attention":
+                a_size = 2 * channels + EMBEDDING_DIM
+                self.inputs["a"] = draw(heads, a_size, scale=channels**-0.5)
+                self.inputs["embedding"] = draw(relations, EMBEDDING_DIM)
+            else:
+                self.inputs["rel"] = draw(relations, heads)
         self.gradient = draw(nodes, out)
         count = min(CHECKED_TARGETS, nodes)
         self.targets = torch.linspace(0, nodes - 1, count, device=device).long()
@@ -116,25 +126,43 @@ class RelationProblem:
     def call(self, inputs: dict[str, Tensor], graph: RelationGraph) -> tuple[str, tuple, dict]:
         """Name of the public operation and its arguments; a bipartite graph's targets are those
         that are checked."""
-        x = inputs["x"]
         if self.shape.op == "relation_conv":
+            x = inputs["x"]
             both = x if graph is self.graph else (x, x[self.targets])
             options = {"root_weight": inputs["root"], "bias": inputs["bias"]}
             return "relation_conv", (both, inputs["weight"], graph), options
-        h = self.transform(inputs)
+        transformed = self.transform(inputs)
+        if self.shape.op == "relation_dot_attention":
+            query, key, value = transformed
+            query = query if graph is self.graph else query[self.targets]
+            return "relation_dot_attention", (query, key, value, inputs["rel"], graph), {}
+        (h,) = transformed
+        if graph is self.graph:
+            a_dst, a_src, rel = self.vectors(inputs)
+            return "relation_gat", (h, a_dst, a_src, rel, graph), {}
         dst, src, rel = self.logits(h, inputs)
-        dst = dst if graph is self.graph else dst[self.targets]
-        return "relation_attention", (h, dst, src, rel, graph), {}
+        return "relation_attention", (h, dst[self.targets], src, rel, graph), {}
 
-    def transform(self, inputs: dict[str, Tensor]) -> Tensor:
-        """h = x W of every head, (N, H, C)."""
-        return torch.einsum("ni,hic->nhc", inputs["x"], inputs["weight"])
+    def transform(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """(N, H, C) each: h = x W, or query, key and value."""
+        names, heads = TRANSFORMED[self.shape.op], self.shape.heads
+        if not self.shape.transforms:
+            return tuple(inputs[name] for name in names)
+        product = inputs["x"] @ inputs["weight"]
+        if len(names) == 1:
+            return (product.unflatten(1, (heads, -1)),)
+        return product.unflatten(1, (len(names), heads, -1)).unbind(1)
+
+    def vectors(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of a for h_i and h_j, (H, C), and the logits of the relations, (R, H)."""
+        channels = self.shape.out // self.shape.heads
+        a_dst, a_src, a_rel = inputs["a"].split([channels, channels, EMBEDDING_DIM], dim=1)
+        return a_dst, a_src, inputs["embedding"] @ a_rel.T
 
     def logits(self, h: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The three parts of a · [h_i, h_j, embedding]: (N, H), (N, H), (R, H)."""
-        channels = h.shape[2]
-        a_dst, a_src, a_rel = inputs["a"].split([channels, channels, EMBEDDING_DIM], dim=1)
-        return (h * a_dst).sum(2), (h * a_src).sum(2), inputs["embedding"] @ a_rel.T
+        a_dst, a_src, rel = self.vectors(inputs)
+        return (h * a_dst).sum(2), (h * a_src).sum(2), rel
 
     def truth(self) -> dict[str, Tensor]:
         source, target, kind = self._checked_edges
@@ -151,11 +179,25 @@ class RelationProblem:
         def compute(inputs: dict[str, Tensor]) -> Tensor:
             if self.shape.op == "relation_conv":
                 return by_hand.conv(inputs, inputs["x"][self.targets], edges)
-            h = self.transform(inputs)
-            dst, src, rel = self.logits(h, inputs)
-            return by_hand.attention(h, dst[self.targets], src, rel, edges)
+            return self.by_hand(inputs, edges, self.targets)
 
         return self._outcome(self.inputs, compute)
+
+    def by_hand(
+        self, inputs: dict[str, Tensor], edges: Edges, targets: Tensor | None = None
+    ) -> Tensor:
+        """A layer of attention in plain torch, of some targets or of all."""
+
+        def chosen(rows: Tensor) -> Tensor:
+            return rows if targets is None else rows[targets]
+
+        transformed = self.transform(inputs)
+        if self.shape.op == "relation_dot_attention":
+            query, key, value = transformed
+            return by_hand.dot_attention(chosen(query), key, value, inputs["rel"], edges)
+        (h,) = transformed
+        dst, src, rel = self.logits(h, inputs)
+        return by_hand.attention(h, chosen(dst), src, rel, edges)
 
     def _outcome(
         self, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]
@@ -181,7 +223,10 @@ class RelationProblem:
             heard = len(torch.unique(target * self.graph.num_relations + kind)) * per_target
             products = (heard + nodes) * shape.width * shape.out
         else:
-            products = (len(target) * per_target + nodes * shape.width) * shape.out
+            made = len(TRANSFORMED[shape.op])
+            transforms = made * nodes * shape.width if shape.transforms else 0
+            of_an_edge = 1 if made == 1 else 2
+            products = (of_an_edge * len(target) * per_target + transforms) * shape.out
         return 2.0 * products * (3 if direction == BOTH else 1)
 
     def reasons(self) -> dict[str, str | None]:

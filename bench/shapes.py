@@ -74,7 +74,7 @@ class RelationShape:
 
     Attributes:
         name: unique among all shapes.
-        op: `relation_conv` or `relation_attention`.
+        op: `relation_conv`, `relation_attention` or `relation_dot_attention`.
         group: as in `AttentionShape`.
         rule: `pairs` (speaker of source, speaker of target, direction: 2 S² relations), `redifu`
             (ReDiFu's intra-speaker graph), or `random` for an explicit list of edges.
@@ -83,7 +83,9 @@ class RelationShape:
         conversations: a kind of `bench.conversations` instead of these.
         window: how far a target hears on each side, None for the whole dialogue.
         edges, relations: of the rule `random`.
-        heads: of relation_attention; `out` is the width of all of them together.
+        heads: of attention; `out` is the width of all of them together.
+        transforms: whether a layer of attention begins with its matrix products. Otherwise it is
+            the attention alone, of what they would have made.
     """
 
     name: str
@@ -101,6 +103,7 @@ class RelationShape:
     width: int = 128
     out: int = 128
     heads: int = 1
+    transforms: bool = True
     dtype: torch.dtype = torch.float32
     directions: tuple[str, ...] = (FORWARD, BOTH)
 
@@ -114,8 +117,10 @@ class RelationShape:
             numbers = {"dialogues": self.dialogues, "length": self.length, "S": self.speakers}
         if self.rule != RANDOM:
             numbers["window"] = "complete" if self.window is None else self.window
-        numbers |= {"in": self.width, "out": self.out}
-        if self.op == "relation_attention":
+        if self.transforms:
+            numbers["in"] = self.width
+        numbers["out"] = self.out
+        if self.op != "relation_conv":
             numbers["H"] = self.heads
         return numbers
 
@@ -157,6 +162,9 @@ ATTENTION_SHAPES = (
 
 _conv = partial(RelationShape, op="relation_conv")
 _attention = partial(RelationShape, op="relation_attention")
+_dot = partial(RelationShape, op="relation_dot_attention")
+_redifu = {"rule": REDIFU, "dialogues": 8, "length": 60, "window": 20}
+_few = {"rule": REDIFU, "dialogues": 2, "length": 6, "window": 3, "width": 8, "out": 8}
 _wide = {"dialogues": 16, "length": 110, "window": 20, "width": 512, "out": 512}
 _scale = {"length": 100_000, "window": 20, "width": 256, "out": 256, "group": SCALE}
 RELATION_SHAPES = (
@@ -164,11 +172,15 @@ RELATION_SHAPES = (
     _conv("window-9-speakers", group=HEADLINE, dialogues=16, length=60, window=10, speakers=9),
     _conv("window-wide", group=HEADLINE, **_wide),
     _conv("explicit", group=HEADLINE, rule=RANDOM, length=20_000, edges=400_000, relations=20),
-    _attention("redifu", group=HEADLINE, rule=REDIFU, dialogues=8, length=60, window=20),
+    _attention("redifu", group=HEADLINE, **_redifu),
+    _attention("redifu-attention-alone", group=HEADLINE, transforms=False, **_redifu),
     _conv("meeting", group=MORE, window=10, conversations="meeting"),
     _attention("attention-dialogues", group=MORE, window=10, conversations="dialogues"),
     _attention("attention-wide", group=MORE, heads=4, **_wide),
     _attention("attention-complete", group=MORE, length=2000, heads=2),
+    _dot("dot-redifu", group=MORE, heads=4, **_redifu),
+    _dot("dot-attention-alone", group=MORE, heads=4, transforms=False, **_redifu),
+    _dot("dot-dialogues", group=MORE, heads=4, window=10, conversations="dialogues"),
     _conv("scale-window", **_scale),
     _conv("scale-half", **_scale | {"length": 50_000}),
     _conv("scale-complete", group=SCALE, length=20_000),
@@ -179,11 +191,13 @@ RELATION_SHAPES = (
     _conv("gpu-explicit", group=GPU, rule=RANDOM, length=200_000, edges=4_000_000, relations=20),
     _attention("gpu-redifu", group=GPU, rule=REDIFU, dialogues=16, length=110, window=20),
     _attention("gpu-meeting", group=GPU, conversations="meeting", heads=4),
+    _dot("gpu-dot", group=GPU, heads=4, dialogues=16, length=110, window=20),
     _conv("tiny-window", group=TINY, dialogues=3, length=7, window=2, width=8, out=6),
     _conv("tiny-explicit", group=TINY, rule=RANDOM, length=9, edges=20, relations=3, width=4),
-    _attention(
-        "tiny-attention", group=TINY, rule=REDIFU, dialogues=2, length=6, window=3, width=8, out=8
-    ),
+    _attention("tiny-attention", group=TINY, **_few),
+    _attention("tiny-attention-alone", group=TINY, heads=2, transforms=False, **_few),
+    _dot("tiny-dot", group=TINY, heads=2, **_few),
+    _dot("tiny-dot-alone", group=TINY, transforms=False, **_few),
 )
 
 SHAPES: dict[str, Shape] = {shape.name: shape for shape in (*ATTENTION_SHAPES, *RELATION_SHAPES)}

@@ -15,7 +15,12 @@ from .ops.diff_attention.api import (
     temporal_diff_attention,
 )
 from .ops.diffusion.api import diffusion_attention
-from .ops.relation_mp.api import relation_attention, relation_conv, relation_dot_attention
+from .ops.relation_mp.api import (
+    relation_attention,
+    relation_conv,
+    relation_dot_attention,
+    relation_gat,
+)
 from .ops.relation_mp.graph import RelationGraph
 from .ops.relation_mp.spec import RelationSpec
 
@@ -40,6 +45,7 @@ __all__ = [
     "relation_attention",
     "relation_conv",
     "relation_dot_attention",
+    "relation_gat",
     "temporal_diff_attention",
     "use_backend",
 ]

@@ -2,7 +2,7 @@
 // graphs: logits and weights exist for one panel of targets and one block of sources at a time.
 #include <torch/csrc/stable/library.h>
 
-#include "relation_attention.h"
+#include "relation_attention_panel.h"
 
 namespace rdfkern::relation_attention {
 namespace {
@@ -203,8 +203,8 @@ class Forward {
         const Vec inverse = broadcast(alive ? 1.0f / softmax.sums[i] : 0.0f);
         for (int64_t d = 0; d < problem_.value_width; d += kLanes)
           store(row + d, load(row + d) * inverse);
-        const double lse = softmax.maxima[i] + std::log(double(softmax.sums[i]));
-        lse_[target * problem_.heads + panel.head] = alive ? float(lse) : -kInfinity;
+        const float lse = softmax.maxima[i] + std::log(softmax.sums[i]);
+        lse_[target * problem_.heads + panel.head] = alive ? lse : -kInfinity;
       }
       write_row(out_.at(0, panel.head, target), out_.type, problem_.value_dim, row);
     }

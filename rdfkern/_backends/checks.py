@@ -43,9 +43,13 @@ def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> N
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], spelled: str) -> None:
     """`tensor` has the expected shape (None: any size); raises ValueError otherwise."""
-    fits = tensor.dim() == len(expected) and all(
-        want is None or have == want for have, want in zip(tensor.shape, expected, strict=True)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(expected)
+    if fits:
+        # A loop: a generator would take as long as all other checks of a small problem.
+        for have, want in zip(shape, expected, strict=True):
+            if want is not None and have != want:
+                fits = False
     if not fits:
         numbers = ", ".join("*" if size is None else str(size) for size in expected)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Graph layers over typed relations: R-GCN and R-GAT."""
+"""R-GCN layers over typed relations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._backends.checks import check_integers_in, check_shape
-from ..ops.relation_mp.api import relation_attention, relation_conv
+from ..ops.relation_mp.api import relation_conv
 from ..ops.relation_mp.graph import RelationGraph
 from .graph_cache import graph_of
 
@@ -91,7 +91,7 @@ class RelationConv(nn.Module):
         """Draw weight, comp and root by Glorot's rule; set the bias to 0."""
         for parameter in (self.weight, self.comp, self.root):
             if parameter is not None:
-                _glorot(parameter)
+                glorot(parameter)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -143,115 +143,6 @@ class RelationConv(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, num_relations={self.num_relations}"
 
 
-class RelationAttention(nn.Module):
-    """R-GAT layer (Busbridge et al. 2019): additive attention with a learned logit per relation.
-
-    Per head: h = x W, a_e = softmax over the edges e = (j -> i) into i of
-    LeakyReLU(att_dst · h_i + att_src · h_j + rel[relation of e]), out_i = sum_e a_e h_j. With
-    rel = embedding · a this is ReDiFu's graph attention, where the relation's embedding is
-    appended to both nodes' features before the product with the attention vector.
-
-    Parameters: weight (in, heads * out), att_dst and att_src (heads, out), rel (R, heads), bias
-    (heads * out, or out without concat).
-
-    Args:
-        in_channels: width of x.
-        out_channels: width of each head.
-        num_relations: R.
-        heads: H.
-        concat: whether the heads are concatenated; else they are averaged.
-        negative_slope: of the LeakyReLU.
-        dropout: probability of dropping an attention weight while training.
-        bias: whether to add a bias.
-        softmax: `across` all relations, or `within` each of them.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_relations: int,
-        heads: int = 1,
-        concat: bool = True,
-        negative_slope: float = 0.2,
-        dropout: float = 0.0,
-        bias: bool = True,
-        softmax: str = "across",
-    ) -> None:
-        super().__init__()
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if softmax not in ("across", "within"):
-            raise ValueError(f"softmax must be 'across' or 'within', got {softmax!r}")
-        self.softmax = softmax
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.num_relations = num_relations
-        self.heads = heads
-        self.concat = concat
-        self.negative_slope = negative_slope
-        self.dropout = dropout
-        self.weight = nn.Parameter(torch.empty(in_channels, heads * out_channels))
-        self.att_dst = nn.Parameter(torch.empty(heads, out_channels))
-        self.att_src = nn.Parameter(torch.empty(heads, out_channels))
-        self.rel = nn.Parameter(torch.empty(num_relations, heads))
-        self.bias = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(heads * out_channels if concat else out_channels))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters by Glorot's rule; set the bias to 0."""
-        for parameter in (self.weight, self.att_dst, self.att_src, self.rel):
-            _glorot(parameter)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor | tuple[Tensor, Tensor], graph: RelationGraph) -> Tensor:
-        """One round of message passing.
-
-        Args:
-            x: (N, in), or (x_src (N_src, in), x_dst (N_dst, in)) of a bipartite graph.
-            graph: `RelationGraph` with R relations.
-
-        Returns:
-            (N_dst, heads * out), or (N_dst, out) without concat.
-
-        Raises:
-            TypeError, ValueError: an argument is not as above; the message names it.
-        """
-        x_src, x_dst = x if isinstance(x, tuple | list) else (x, x)
-        check_shape("x", x_src, (None, self.in_channels), "(N_src, in)")
-        value = self._heads_of(x_src)
-        hearing = value
-        if x_dst is not x_src:
-            check_shape("x[1]", x_dst, (None, self.in_channels), "(N_dst, in)")
-            hearing = self._heads_of(x_dst)
-        out = relation_attention(
-            value,
-            (hearing * self.att_dst).sum(dim=-1),
-            (value * self.att_src).sum(dim=-1),
-            self.rel,
-            graph,
-            negative_slope=self.negative_slope,
-            softmax=self.softmax,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # [N_dst, H, C]
-        out = out.flatten(1) if self.concat else out.mean(dim=1)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def _heads_of(self, x: Tensor) -> Tensor:
-        return (x @ self.weight).unflatten(1, (self.heads, self.out_channels))  # [N, H, C]
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, num_relations={self.num_relations}, "
-            f"heads={self.heads}"
-        )
-
-
 def _rows_of_weight(
     layer: nn.Module, index: Tensor, graph: RelationGraph
 ) -> tuple[Tensor, Tensor, RelationGraph]:
@@ -280,7 +171,8 @@ def _rows_of_weight(
     return rows, as_it_is.expand(layer.num_relations, -1, -1), looked_up
 
 
-def _glorot(parameter: Tensor) -> None:
+def glorot(parameter: Tensor) -> None:
+    """Draw uniformly, in proportion to 1 / sqrt(rows + columns) of the last two dimensions."""
     fans = parameter.shape[-2] + parameter.shape[-1]
     bound = math.sqrt(6.0 / fans) if fans else 0.0
     nn.init.uniform_(parameter, -bound, bound)

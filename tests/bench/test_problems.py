@@ -191,7 +191,17 @@ def test_last_queries_stand_for_all(monkeypatch, causal):
     assert not check(problem.observed(out, gradients), plain, truth, ours=True).green
 
 
-@pytest.mark.parametrize("name", ["tiny-window", "tiny-explicit", "tiny-attention"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny-window",
+        "tiny-explicit",
+        "tiny-attention",
+        "tiny-attention-alone",
+        "tiny-dot",
+        "tiny-dot-alone",
+    ],
+)
 def test_some_targets_stand_for_all(monkeypatch, name):
     monkeypatch.setattr(relation_problem, "CHECKED_TARGETS", 4)
     problem = RelationProblem(SHAPES[name], CPU)

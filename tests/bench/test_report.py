@@ -199,7 +199,12 @@ def test_rehearsal_of_the_gpu_command(tmp_path):
         assert words in report
     assert (tmp_path / "diff_attention-time.png").exists()
     operations = {entry["extra_info"]["operation"] for entry in content["benchmarks"]}
-    assert operations == {"diff_attention", "relation_conv", "relation_attention"}
+    assert operations == {
+        "diff_attention",
+        "relation_conv",
+        "relation_attention",
+        "relation_dot_attention",
+    }
     for timed in content["benchmarks"]:
         assert timed["extra_info"]["check"]["green"]
         assert timed["stats"]["min"] == min(timed["stats"]["data"])

@@ -61,6 +61,8 @@ def graph_modules():
         "conv of a rule": Hears(RelationConv(16, 8, 12, num_bases=3), IMPLICIT),
         "attention": Hears(RelationAttention(16, 4, 12, heads=2), EXPLICIT),
         "attention of a rule": Hears(RelationAttention(16, 4, 12, heads=2), IMPLICIT),
+        "attention of one head": Hears(RelationAttention(16, 4, 12), IMPLICIT),
+        "dot attention": Hears(RelationAttention(16, 4, 12, heads=2, logits="dot"), IMPLICIT),
     }
 
 

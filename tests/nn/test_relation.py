@@ -171,6 +171,12 @@ def test_conv_ignores_the_order_of_edges_whatever_is_promised():
         (lambda: RelationConv(4, 6, 2, num_blocks=0), ValueError, "num_blocks must divide"),
         (lambda: RelationAttention(4, 6, 2, heads=0), ValueError, "heads must be at least 1"),
         (lambda: RelationAttention(4, 6, 2, dropout=1.0), ValueError, "dropout must be in"),
+        (lambda: RelationAttention(4, 6, 2, logits="sum"), ValueError, "logits must be.*'sum'"),
+        (
+            lambda: RelationAttention(4, 6, 2, logits="dot", negative_slope=0.1),
+            ValueError,
+            "negative_slope belongs to the additive form, got 0.1",
+        ),
     ],
 )
 def test_constructors_reject(run, error, message):
@@ -244,6 +250,49 @@ def test_attention_equals_loops(concat, bipartite):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("softmax", ["across", "within"])
+@pytest.mark.parametrize("bipartite", [True, False])
+def test_dot_attention_equals_loops(bipartite, softmax):
+    num_dst = 4 if bipartite else 6
+    edge_index, edge_type = random_edges(6, num_dst, 3, 20)
+    graph = RelationGraph.from_edges(edge_index, edge_type, (6, num_dst), 3)
+    layer = RelationAttention(5, 4, 3, heads=2, logits="dot", softmax=softmax).double()
+    assert {name for name, _ in layer.named_parameters()} == {
+        "weight",
+        "query",
+        "key",
+        "rel",
+        "bias",
+    }
+    torch.nn.init.normal_(layer.bias)
+    x_src = torch.randn(6, 5).double()
+    x_dst = torch.randn(num_dst, 5).double() if bipartite else x_src
+    rows = []
+    for node in range(num_dst):
+        heads = []
+        for head in range(2):
+            part = slice(4 * head, 4 * head + 4)
+            edges = (edge_index[1] == node).nonzero()[:, 0]
+            query = x_dst[node] @ layer.query[:, part]
+            heard = x_src[edge_index[0, edges]]
+            scores = heard @ layer.key[:, part] @ query / 2 + layer.rel[edge_type[edges], head]
+            value = torch.zeros(4).double()
+            groups = [torch.ones_like(edges, dtype=torch.bool)]
+            if softmax == "within":
+                groups = [edge_type[edges] == kind for kind in edge_type[edges].unique()]
+            for group in groups:
+                value = value + scores[group].softmax(0) @ (heard[group] @ layer.weight[:, part])
+            heads.append(value)
+        rows.append(torch.cat(heads))
+    expected = torch.stack(rows) + layer.bias
+    out = layer((x_src, x_dst) if bipartite else x_src, graph)
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad(out.square().sum(), list(layer.parameters()))
+    wanted = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    for got, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_attention_drops_only_while_training():
     graph = RelationSpec.redifu_self(2, 3).bind(torch.arange(9) % 2, torch.tensor([0, 9]))
     layer = RelationAttention(5, 4, 5, dropout=0.5)
@@ -258,7 +307,8 @@ def test_attention_drops_only_while_training():
 def test_layers_under_autocast():
     graph = RelationSpec.redifu_self(2, 3).bind(torch.arange(9) % 2, torch.tensor([0, 9]))
     x = torch.randn(9, 5)
-    for layer in (RelationConv(5, 4, 5), RelationAttention(5, 4, 5, heads=2)):
+    dot = RelationAttention(5, 4, 5, heads=2, logits="dot")
+    for layer in (RelationConv(5, 4, 5), RelationAttention(5, 4, 5, heads=2), dot):
         expected = layer(x, graph)
         with torch.autocast("cpu", torch.bfloat16):
             out = layer(x, graph)

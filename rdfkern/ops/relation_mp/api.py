@@ -12,6 +12,7 @@ from .arguments import (
     attention_arguments,
     conv_arguments,
     dot_attention_arguments,
+    gat_arguments,
 )
 from .attention_config import can_run as attention_triton_reason
 from .attention_cuda import can_run as attention_cuda_reason
@@ -137,6 +138,52 @@ def relation_attention(
         return ATTENTION.run(arguments, impl)
 
 
+def relation_gat(
+    value: Tensor,
+    att_dst: Tensor,
+    att_src: Tensor,
+    logit_rel: Tensor,
+    graph: RelationGraph,
+    *,
+    negative_slope: float = 0.2,
+    softmax: str = "across",
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """`relation_attention` whose logits are products of attention vectors with the values.
+
+    logit_dst[i] = att_dst . value[i] and logit_src[j] = att_src . value[j] per head, as in GAT
+    layers (Velickovic et al. 2018, section 2.1). The same as making these first, with one node of
+    the autograd graph instead of many: for small graphs that is most of the time.
+
+    Args:
+        value: (N, H, C), both the targets' and the sources' features.
+        att_dst, att_src: (H, C).
+        logit_rel: (R, H).
+        graph: with as many sources as targets.
+        negative_slope, softmax, dropout_p, impl: as in `relation_attention`, dtypes as well.
+
+    Returns:
+        (N, H, C), of value's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        BackendUnavailableError: `impl` was chosen explicitly and cannot run.
+    """
+    arguments = gat_arguments(
+        value,
+        att_dst,
+        att_src,
+        logit_rel,
+        graph,
+        negative_slope=negative_slope,
+        softmax=softmax,
+        dropout_p=dropout_p,
+    )
+    with without_autocast(graph.device.type):
+        return GAT.run(arguments, impl)
+
+
 def relation_dot_attention(
     query: Tensor,
     key: Tensor,
@@ -198,3 +245,4 @@ _ATTENTION = {
 }
 ATTENTION = register(Operation("relation_attention", attention_arguments, _ATTENTION))
 DOT_ATTENTION = register(Operation("relation_dot_attention", dot_attention_arguments, _ATTENTION))
+GAT = register(Operation("relation_gat", gat_arguments, _ATTENTION))

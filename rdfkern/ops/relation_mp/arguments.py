@@ -112,6 +112,41 @@ def attention_arguments(
     }
 
 
+def gat_arguments(
+    value: Tensor,
+    att_dst: Tensor,
+    att_src: Tensor,
+    logit_rel: Tensor,
+    graph: RelationGraph,
+    *,
+    negative_slope: float = 0.2,
+    softmax: str = "across",
+    dropout_p: float = 0.0,
+) -> dict[str, Any]:
+    """Validated arguments of `relation_gat`."""
+    _check_graph(graph)
+    value, att_dst, att_src, logit_rel = autocast_inputs(value, att_dst, att_src, logit_rel)
+    check_floating({"value": value, "att_dst": att_dst, "att_src": att_src, "logit_rel": logit_rel})
+    if graph.num_src != graph.num_dst:
+        raise ValueError(
+            f"graph must have as many sources as targets, got {graph.num_src} and {graph.num_dst}; "
+            "relation_attention takes the logits of both"
+        )
+    heads = _check_values(value, logit_rel, graph)
+    check_shape("att_dst", att_dst, (heads, value.shape[2]), "(H, C)")
+    check_shape("att_src", att_src, (heads, value.shape[2]), "(H, C)")
+    check_number("negative_slope", negative_slope)
+    return {
+        "value": value,
+        "att_dst": att_dst,
+        "att_src": att_src,
+        "logit_rel": logit_rel,
+        "graph": graph,
+        "negative_slope": float(negative_slope),
+        **_softmax_options(softmax, dropout_p),
+    }
+
+
 def dot_attention_arguments(
     query: Tensor,
     key: Tensor,

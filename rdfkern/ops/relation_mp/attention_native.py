@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..._backends import jit
 from ..._backends.dispatch import Arguments
-from . import attention_op
+from . import attention_gat, attention_op
 from .bands import EdgeLists
 from .windows import Windows, too_many_rows
 
 relation_attention = partial(attention_op.relation_attention, impl="cpu")
 relation_dot_attention = partial(attention_op.relation_dot_attention, impl="cpu")
+relation_gat = partial(attention_gat.relation_gat, impl="cpu")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LANES = 16
@@ -53,10 +54,15 @@ def forward(
             *_edge_inputs(value, dst, src, rel, graph), *numbers, out, lse
         )
         return out, lse
-    value, dst, src = (graph.rows(x) for x in (value, dst, src))
-    inputs = [_read(x) for x in (value, dst, src, rel)]
-    torch.ops.rdfkern._relation_attention_fwd_cpu(*inputs, *graph[1:], *numbers, out, lse)
-    return graph.nodes(out), lse if options["within"] else graph.nodes(lse)
+    moved = graph.order.numel() > 0
+    if moved:
+        value, dst, src = (graph.rows(x) for x in (value, dst, src))
+    torch.ops.rdfkern._relation_attention_fwd_cpu.default(
+        _read(value), _read(dst), _read(src), _read(rel), *graph[1:], *numbers, out, lse
+    )
+    if moved:
+        return graph.nodes(out), lse if options["within"] else graph.nodes(lse)
+    return out, lse
 
 
 def backward(
@@ -91,14 +97,28 @@ def backward(
             *gradients,
         )
         return tuple(_as(dtype, gradient) for gradient in gradients)
-    grad_out, value, dst, src, out = (graph.rows(x) for x in (grad_out, value, dst, src, out))
-    lse = lse if options["within"] else graph.rows(lse)
-    inputs = [_read(x) for x in (grad_out, value, dst, src, rel)]
-    torch.ops.rdfkern._relation_attention_bwd_cpu(
-        *inputs, *graph[1:], *numbers, out, lse, *gradients
+    moved = graph.order.numel() > 0
+    if moved:
+        grad_out, value, dst, src, out = (graph.rows(x) for x in (grad_out, value, dst, src, out))
+        lse = lse if options["within"] else graph.rows(lse)
+    torch.ops.rdfkern._relation_attention_bwd_cpu.default(
+        _read(grad_out),
+        _read(value),
+        _read(dst),
+        _read(src),
+        _read(rel),
+        *graph[1:],
+        *numbers,
+        out,
+        lse,
+        *gradients,
     )
-    *of_nodes, drel = (_as(dtype, gradient) for gradient in gradients)
-    return *(graph.nodes(gradient) for gradient in of_nodes), drel
+    if dtype != torch.float32:
+        gradients = [_as(dtype, gradient) for gradient in gradients]
+    if moved:
+        *of_nodes, drel = gradients
+        return *(graph.nodes(gradient) for gradient in of_nodes), drel
+    return tuple(gradients)
 
 
 def _read(x: Tensor) -> Tensor:

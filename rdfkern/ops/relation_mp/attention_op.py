@@ -55,6 +55,7 @@ KERNELS = {
     "cpu": ".attention_native",
     "cuda": ".attention_cuda",
 }
+_modules: dict[str, Any] = {}
 
 _INPUTS = "Tensor value, Tensor dst, Tensor src, Tensor rel"
 _OPTIONS = (
@@ -113,11 +114,21 @@ def _attend(
     graph: RelationGraph,
     options: tuple[float, float, bool, float, str],
 ) -> Tensor:
-    tensors = windows(graph) if graph.is_implicit else bands.layout(graph).tensors
+    return _RelationAttention.apply(
+        value, dst, src, rel, new_seed(options[3]), options, *graph_tensors(graph)
+    )
+
+
+def graph_tensors(graph: RelationGraph) -> Sequence[Tensor]:
+    """What the operators take of a graph."""
+    return windows(graph) if graph.is_implicit else bands.layout(graph).tensors
+
+
+def new_seed(dropout_p: float) -> Tensor | None:
+    """Where dropout starts from, if there is any."""
     # A tensor, so that compiled code draws a new one in every call; on the CPU, where reading it
     # does not wait for an accelerator.
-    seed = torch.randint(2**62, (), device="cpu") if options[3] > 0.0 else None
-    return _RelationAttention.apply(value, dst, src, rel, seed, options, *tensors)
+    return torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
 
 
 class _RelationAttention(torch.autograd.Function):
@@ -163,7 +174,7 @@ def _forward(
     if not (value.numel() and dst.numel() and rel.numel()):
         out, lse = _fake_forward(value, dst, src, rel, graph, seed, *options)
         return out.zero_(), lse.fill_(float("-inf"))
-    kernels, named = _chosen(seed, options)
+    kernels, named = _chosen(seed, *options)
     return kernels.forward(value, dst, src, rel, _layout(graph), **named)
 
 
@@ -182,7 +193,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     if not (value.numel() and dst.numel() and rel.numel()):
         return tuple(x.new_zeros(x.shape) for x in (value, dst, src, rel))
-    kernels, named = _chosen(seed, options)
+    kernels, named = _chosen(seed, *options)
     return kernels.backward(grad_out, value, dst, src, rel, out, lse, _layout(graph), **named)
 
 
@@ -222,10 +233,21 @@ def _layout(graph: Sequence[Tensor]) -> Windows | EdgeLists:
     return Windows(*graph) if len(graph) == len(Windows._fields) else EdgeLists(*graph)
 
 
-def _chosen(seed: Tensor | None, options: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+def _chosen(
+    seed: Tensor | None,
+    scale: float,
+    negative_slope: float,
+    within: bool,
+    dropout_p: float,
+    impl: str,
+) -> tuple[Any, dict[str, Any]]:
     """(kernel module, its options, the seed as a number)."""
-    *numbers, impl = options
-    names = ("scale", "negative_slope", "within", "dropout_p")
-    named = dict(zip(names, numbers, strict=True))
-    module = importlib.import_module(KERNELS[impl], package=__package__)
-    return module, {"seed": None if seed is None else int(seed), **named}
+    if impl not in _modules:
+        _modules[impl] = importlib.import_module(KERNELS[impl], package=__package__)
+    return _modules[impl], {
+        "seed": None if seed is None else int(seed),
+        "scale": scale,
+        "negative_slope": negative_slope,
+        "within": within,
+        "dropout_p": dropout_p,
+    }

@@ -64,6 +64,23 @@ def relation_attention(
     return _attend(F.leaky_relu(logit, negative_slope), value, graph, softmax, dropout_p)
 
 
+def relation_gat(
+    value: Tensor,
+    att_dst: Tensor,
+    att_src: Tensor,
+    logit_rel: Tensor,
+    graph: RelationGraph,
+    negative_slope: float,
+    softmax: str,
+    dropout_p: float,
+) -> Tensor:
+    """`rdfkern.relation_gat` on validated arguments."""
+    wide = _widen(value)
+    dst, src = ((wide * _widen(vector)).sum(dim=2) for vector in (att_dst, att_src))
+    rel, options = _widen(logit_rel), (negative_slope, softmax, dropout_p)
+    return relation_attention(wide, dst, src, rel, graph, *options).to(value.dtype)
+
+
 def relation_dot_attention(
     query: Tensor,
     key: Tensor,

@@ -65,6 +65,23 @@ def relation_attention(
     return _attend(logit, value, graph, softmax, dropout_p)
 
 
+def relation_gat(
+    value: Tensor,
+    att_dst: Tensor,
+    att_src: Tensor,
+    logit_rel: Tensor,
+    graph: RelationGraph,
+    negative_slope: float,
+    softmax: str,
+    dropout_p: float,
+) -> Tensor:
+    """`relation_attention` with dst_i = att_dst . value_i and src_j = att_src . value_j."""
+    wide = _at_least_float32(value)
+    dst, src = ((wide * _at_least_float32(vector)).sum(dim=2) for vector in (att_dst, att_src))
+    rel, options = _at_least_float32(logit_rel), (negative_slope, softmax, dropout_p)
+    return relation_attention(wide, dst, src, rel, graph, *options).to(value.dtype)
+
+
 def relation_dot_attention(
     query: Tensor,
     key: Tensor,
