@@ -16,8 +16,8 @@ Rows head_rows_of(const Tensor& tensor) {
 }
 
 Attention attention_of(const Tensor& value, const Tensor& dst, const Tensor& src,
-                       const Tensor& rel, double scale, double negative_slope, double dropout_p,
-                       int64_t seed) {
+                       const Tensor& rel, double scale, double negative_slope, bool within,
+                       double dropout_p, int64_t seed) {
   return {head_rows_of(value),
           head_rows_of(dst),
           head_rows_of(src),
@@ -27,15 +27,24 @@ Attention attention_of(const Tensor& value, const Tensor& dst, const Tensor& src
           dst.dim() == 3 ? int(dst.size(2)) : 0,
           float(scale),
           float(negative_slope),
+          within,
           {dropout_p, uint64_t(seed)}};
 }
 
 WindowPairs window_pairs(const Tensor& key, const Tensor& ranges, const Tensor& table,
-                         bool of_source) {
+                         int64_t relations, bool of_source) {
   const int64_t rows = key.size(0);
   const int* range = ints_of(ranges);
-  return {range + (of_source ? 2 : 0) * rows, range + (of_source ? 3 : 1) * rows, range + 4 * rows,
-          range + 5 * rows, ints_of(key), ints_of(table), rows, table.size(0), of_source};
+  return {range + (of_source ? 2 : 0) * rows,
+          range + (of_source ? 3 : 1) * rows,
+          range + 4 * rows,
+          range + 5 * rows,
+          ints_of(key),
+          ints_of(table),
+          rows,
+          table.size(0),
+          relations,
+          of_source};
 }
 
 EdgePairs edge_pairs(const Tensor& start, const Tensor& other, const Tensor& relation,
@@ -48,17 +57,18 @@ template <class Pairs>
 void forward(const Pairs& pairs, const Attention& given, const Tensor& out, const Tensor& lse) {
   const AttentionOutputs outputs{head_rows_of(out), static_cast<float*>(lse.data_ptr())};
   Launcher(out).run<NoMemory>(attention_forward_kernel<Pairs>,
-                                    tiles_of(pairs.rows * given.heads, kThreads / kLanes), pairs,
-                                    given, outputs);
+                              tiles_of(pairs.rows * given.heads, kThreads / kLanes), pairs, given,
+                              outputs);
 }
 
 template <class Pairs>
 void backward(const Pairs& targets, const Pairs& sources, const Attention& given,
-              const Tensor& grad_out, const Tensor& lse, const Tensor& delta, const Tensor& dvalue,
+              const Tensor& grad_out, const Tensor& softmax, const Tensor& dvalue,
               const Tensor& ddst, const Tensor& dsrc, const Tensor& drel) {
+  auto lse = static_cast<float*>(softmax.data_ptr());
   const AttentionGradients gradients{head_rows_of(grad_out),
-                                     static_cast<const float*>(lse.data_ptr()),
-                                     static_cast<float*>(delta.data_ptr()),
+                                     lse,
+                                     lse + softmax.stride(0),
                                      static_cast<float*>(drel.data_ptr()),
                                      head_rows_of(dvalue),
                                      head_rows_of(ddst),
@@ -76,42 +86,45 @@ void backward(const Pairs& targets, const Pairs& sources, const Attention& given
 
 void forward_windows(const Tensor& value, const Tensor& dst, const Tensor& src, const Tensor& rel,
                      const Tensor& key, const Tensor& ranges, const Tensor& table, double scale,
-                     double negative_slope, double dropout_p, int64_t seed, const Tensor& out,
-                     const Tensor& lse) {
-  forward(window_pairs(key, ranges, table, false),
-          attention_of(value, dst, src, rel, scale, negative_slope, dropout_p, seed), out, lse);
+                     double negative_slope, bool within, double dropout_p, int64_t seed,
+                     const Tensor& out, const Tensor& lse) {
+  forward(window_pairs(key, ranges, table, rel.size(0), false),
+          attention_of(value, dst, src, rel, scale, negative_slope, within, dropout_p, seed), out,
+          lse);
 }
 
 void forward_edges(const Tensor& value, const Tensor& dst, const Tensor& src, const Tensor& rel,
                    const Tensor& start, const Tensor& other, const Tensor& relation,
-                   const Tensor& edge, double scale, double negative_slope, double dropout_p,
-                   int64_t seed, const Tensor& out, const Tensor& lse) {
+                   const Tensor& edge, double scale, double negative_slope, bool within,
+                   double dropout_p, int64_t seed, const Tensor& out, const Tensor& lse) {
   forward(edge_pairs(start, other, relation, edge, false),
-          attention_of(value, dst, src, rel, scale, negative_slope, dropout_p, seed), out, lse);
+          attention_of(value, dst, src, rel, scale, negative_slope, within, dropout_p, seed), out,
+          lse);
 }
 
 void backward_windows(const Tensor& grad_out, const Tensor& value, const Tensor& dst,
                       const Tensor& src, const Tensor& rel, const Tensor& key,
                       const Tensor& ranges, const Tensor& table, double scale,
-                      double negative_slope, double dropout_p, int64_t seed, const Tensor& lse,
-                      const Tensor& delta, const Tensor& dvalue, const Tensor& ddst,
+                      double negative_slope, bool within, double dropout_p, int64_t seed,
+                      const Tensor& softmax, const Tensor& dvalue, const Tensor& ddst,
                       const Tensor& dsrc, const Tensor& drel) {
-  backward(window_pairs(key, ranges, table, false), window_pairs(key, ranges, table, true),
-           attention_of(value, dst, src, rel, scale, negative_slope, dropout_p, seed), grad_out,
-           lse, delta, dvalue, ddst, dsrc, drel);
+  backward(window_pairs(key, ranges, table, rel.size(0), false),
+           window_pairs(key, ranges, table, rel.size(0), true),
+           attention_of(value, dst, src, rel, scale, negative_slope, within, dropout_p, seed),
+           grad_out, softmax, dvalue, ddst, dsrc, drel);
 }
 
 void backward_edges(const Tensor& grad_out, const Tensor& value, const Tensor& dst,
                     const Tensor& src, const Tensor& rel, const Tensor& dst_start,
                     const Tensor& dst_source, const Tensor& dst_relation, const Tensor& dst_edge,
                     const Tensor& src_start, const Tensor& src_target, const Tensor& src_relation,
-                    const Tensor& src_edge, double scale, double negative_slope, double dropout_p,
-                    int64_t seed, const Tensor& lse, const Tensor& delta, const Tensor& dvalue,
+                    const Tensor& src_edge, double scale, double negative_slope, bool within,
+                    double dropout_p, int64_t seed, const Tensor& softmax, const Tensor& dvalue,
                     const Tensor& ddst, const Tensor& dsrc, const Tensor& drel) {
   backward(edge_pairs(dst_start, dst_source, dst_relation, dst_edge, false),
            edge_pairs(src_start, src_target, src_relation, src_edge, true),
-           attention_of(value, dst, src, rel, scale, negative_slope, dropout_p, seed), grad_out,
-           lse, delta, dvalue, ddst, dsrc, drel);
+           attention_of(value, dst, src, rel, scale, negative_slope, within, dropout_p, seed),
+           grad_out, softmax, dvalue, ddst, dsrc, drel);
 }
 
 }  // namespace
@@ -120,22 +133,23 @@ void backward_edges(const Tensor& grad_out, const Tensor& value, const Tensor& d
 STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
       "_relation_attention_windows_fwd_cuda(Tensor value, Tensor dst, Tensor src, Tensor rel, "
-      "Tensor key, Tensor ranges, Tensor table, float scale, float negative_slope, "
+      "Tensor key, Tensor ranges, Tensor table, float scale, float negative_slope, bool within, "
       "float dropout_p, int seed, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "_relation_attention_edges_fwd_cuda(Tensor value, Tensor dst, Tensor src, Tensor rel, "
       "Tensor start, Tensor other, Tensor relation, Tensor edge, float scale, "
-      "float negative_slope, float dropout_p, int seed, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "float negative_slope, bool within, float dropout_p, int seed, Tensor(a!) out, "
+      "Tensor(b!) lse) -> ()");
   m.def(
       "_relation_attention_windows_bwd_cuda(Tensor grad_out, Tensor value, Tensor dst, Tensor src, "
       "Tensor rel, Tensor key, Tensor ranges, Tensor table, float scale, float negative_slope, "
-      "float dropout_p, int seed, Tensor lse, Tensor(a!) delta, Tensor(b!) dvalue, "
+      "bool within, float dropout_p, int seed, Tensor(a!) softmax, Tensor(b!) dvalue, "
       "Tensor(c!) ddst, Tensor(d!) dsrc, Tensor(e!) drel) -> ()");
   m.def(
       "_relation_attention_edges_bwd_cuda(Tensor grad_out, Tensor value, Tensor dst, Tensor src, "
       "Tensor rel, Tensor dst_start, Tensor dst_source, Tensor dst_relation, Tensor dst_edge, "
       "Tensor src_start, Tensor src_target, Tensor src_relation, Tensor src_edge, float scale, "
-      "float negative_slope, float dropout_p, int seed, Tensor lse, Tensor(a!) delta, "
+      "float negative_slope, bool within, float dropout_p, int seed, Tensor(a!) softmax, "
       "Tensor(b!) dvalue, Tensor(c!) ddst, Tensor(d!) dsrc, Tensor(e!) drel) -> ()");
 }
 

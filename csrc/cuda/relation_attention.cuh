@@ -1,76 +1,24 @@
-// out_i = sum over edges e = (j -> i) of softmax_e(logits) value_j, and its gradients. A warp has a
-// row and head: a lane for each edge while weights are made, one for each column while rows are
-// summed.
+// out_i = sum over edges e = (j -> i) of softmax_e(logits) value_j, and its gradients. A softmax is
+// one over all edges into i, or one within each relation. A warp has a row and head: a lane for
+// every edge while weights are made, one for every column while rows are summed.
 #pragma once
 
 #include <limits>
 
-#include "dropout.cuh"
-#include "relation_views.cuh"
+#include "relation_pairs.cuh"
 
 namespace rdfkern {
 
-constexpr int kLanes = 32;
 constexpr int kLaneColumns = 4;
 constexpr int kWarpColumns = kLanes * kLaneColumns;  // of a row that are summed at a time
 constexpr float kHiddenLogit = -std::numeric_limits<float>::infinity();
-
-struct Heard {
-  int64_t target = -1, source = -1, edge = -1;
-  int relation = -1;  // -1: there is no edge
-
-  __device__ bool exists() const { return relation >= 0; }
-};
-
-// The fields of Windows (rdfkern/ops/relation_mp/windows.py); `first` and `end` are those of the
-// targets, or of the sources.
-struct WindowPairs {
-  const int *first, *end, *same_first, *same_end, *key, *table;
-  int64_t rows, keys;
-  bool of_source;
-
-  __device__ int64_t begin_of(int64_t row) const { return first[row]; }
-  __device__ int64_t end_of(int64_t row) const { return end[row]; }
-  __device__ Heard at(int64_t row, int64_t slot) const {
-    Heard pair{of_source ? slot : row, of_source ? row : slot};
-    const int direction = pair.source < same_first[pair.target] ? 0
-                          : pair.source < same_end[pair.target] ? 1
-                                                                : 2;
-    pair.relation = table[(key[pair.target] * keys + key[pair.source]) * 3 + direction];
-    return pair;
-  }
-  __device__ float kept(const Dropout& dropout, int head, const Heard& pair) const {
-    float both[2];
-    dropout.factors(head, uint32_t(pair.target), uint32_t(pair.source / 2), both);
-    return pair.source % 2 ? both[1] : both[0];
-  }
-};
-
-// The fields of EdgeLists (bands.py), by target or by source.
-struct EdgePairs {
-  Indices start, other, relation, edge;
-  int64_t rows;
-  bool of_source;
-
-  __device__ int64_t begin_of(int64_t row) const { return start.at(row); }
-  __device__ int64_t end_of(int64_t row) const { return start.at(row + 1); }
-  __device__ Heard at(int64_t row, int64_t slot) const {
-    const int64_t heard = other.at(slot);
-    return {of_source ? heard : row, of_source ? row : heard, edge.at(slot),
-            int(relation.at(slot))};
-  }
-  __device__ float kept(const Dropout& dropout, int head, const Heard& pair) const {
-    float both[2];
-    dropout.factors(head, uint32_t(pair.edge), 2 * uint32_t(pair.edge >> 32), both);
-    return both[0];
-  }
-};
 
 // The additive form has one element per row and head in dst and src, and depth 0.
 struct Attention {
   Rows value, dst, src, rel;
   int heads, value_dim, depth;
   float scale, negative_slope;
+  bool within;
   Dropout dropout;
 
   __device__ static float element(const Rows& rows, int64_t row, int head, int column) {
@@ -102,44 +50,36 @@ struct Attention {
 
 struct AttentionOutputs {
   Rows out;
-  float* lse;  // (target, head)
+  float* lse;  // (target, head); not written within relations
 };
 
 struct AttentionGradients {
   Rows grad_out;
-  const float* lse;  // (target, head)
-  float* delta;      // (target, head): sum of weight times its gradient
-  float* drel;       // (chunks, relation, head) partial sums, zeros at first
+  // (place, head): log of the sum of exp, and sum of weight times its gradient, of every softmax.
+  // A softmax across relations stands at its target.
+  float *lse, *delta;
+  float* drel;  // (chunks, relation, head) partial sums, zeros at first
   Rows dvalue, ddst, dsrc;
   int chunks, relations;
 };
 
-__device__ inline float sum_of_warp(float value) {
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
+// A softmax over logits that come 32 at a time.
+struct OnlineSoftmax {
+  float top = kHiddenLogit, total = 0.0f;
 
-__device__ inline int lane_of_thread() { return threadIdx.x % kLanes; }
-__device__ inline int64_t warp_of_grid() {
-  return (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
-}
-
-// The edge of this lane, if it has one.
-template <class Pairs>
-__device__ inline Heard own_pair(const Pairs& pairs, int64_t row, int64_t slot) {
-  slot += lane_of_thread();
-  return slot < pairs.end_of(row) ? pairs.at(row, slot) : Heard{};
-}
-
-// body(lane, row) for the lanes of the warp that bring a row, in order.
-template <class Body>
-__device__ inline void for_each_lane(int64_t row, const Body& body) {
-  const unsigned having = __ballot_sync(kAllLanes, row >= 0);
-#pragma unroll 1
-  for (int lane = 0; lane < kLanes && having >> lane; ++lane)
-    if (having >> lane & 1) body(lane, __shfl_sync(kAllLanes, row, lane));
-}
+  // What the lane's logit weighs, and by what older weights shrink.
+  __device__ float weight(float logit, float& rescale) {
+    const float highest = maximum_of_warp(fmaxf(top, logit));
+    const float base = highest == kHiddenLogit ? 0.0f : highest;
+    rescale = expf(top - base);
+    const float weight = expf(logit - base);
+    total = fmaf(total, rescale, sum_of_warp(weight));
+    top = highest;
+    return weight;
+  }
+  __device__ float inverse() const { return total == 0.0f ? 0.0f : 1.0f / total; }
+  __device__ float lse() const { return total == 0.0f ? kHiddenLogit : top + logf(total); }
+};
 
 __device__ inline void add_row(float weight, const Rows& rows, int64_t row, int head, int first,
                                int width, float (&sums)[kLaneColumns]) {
@@ -169,60 +109,71 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t row = warp_of_grid() / given.heads;
   const int head = warp_of_grid() % given.heads;
   if (row >= pairs.rows) return;
-  const int64_t end = pairs.end_of(row);
 #pragma unroll 1
   for (int first = 0; first < given.value_dim; first += kWarpColumns) {
-    float top = kHiddenLogit, total = 0.0f, sums[kLaneColumns] = {};
+    float sums[kLaneColumns] = {};
+    for_each_softmax(pairs, row, given.within, [&](const Group& group) {
+      OnlineSoftmax softmax;
+      float parts[kLaneColumns] = {};
 #pragma unroll 1
-    for (int64_t slot = pairs.begin_of(row); slot < end; slot += kLanes) {
-      const Heard pair = own_pair(pairs, row, slot);
-      float logit = kHiddenLogit;
-      if (pair.exists()) {
-        logit = given.before_activation(pair, head);
-        logit *= given.slope(logit);
-      }
-      float highest = fmaxf(top, logit);
-      for (int step = kLanes / 2; step > 0; step /= 2)
-        highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, step));
-      const float base = highest == kHiddenLogit ? 0.0f : highest;
-      const float rescale = expf(top - base);
-      float weight = expf(logit - base);
-      total = fmaf(total, rescale, sum_of_warp(weight));
-      top = highest;
-      if (given.dropout.probability > 0 && pair.exists())
-        weight *= pairs.kept(given.dropout, head, pair);
+      for (int64_t slot = group.begin; slot < group.end; slot += kLanes) {
+        const Heard pair = own_pair(pairs, row, slot, group);
+        float logit = kHiddenLogit, rescale;
+        if (pair.exists()) {
+          logit = given.before_activation(pair, head);
+          logit *= given.slope(logit);
+        }
+        float weight = softmax.weight(logit, rescale);
+        if (given.dropout.probability > 0 && pair.exists())
+          weight *= pairs.kept(given.dropout, head, pair);
 #pragma unroll
-      for (int n = 0; n < kLaneColumns; ++n) sums[n] *= rescale;
-      for_each_lane(pair.exists() ? pair.source : -1, [&](int lane, int64_t source) {
-        add_row(__shfl_sync(kAllLanes, weight, lane), given.value, source, head, first,
-                given.value_dim, sums);
-      });
-    }
-    write_row(sums, total == 0.0f ? 0.0f : 1.0f / total, outputs.out, row, head, first,
-              given.value_dim);
-    if (first == 0 && lane_of_thread() == 0)
-      outputs.lse[row * given.heads + head] = total == 0.0f ? kHiddenLogit : top + logf(total);
+        for (int n = 0; n < kLaneColumns; ++n) parts[n] *= rescale;
+        for_each_lane(pair.exists() ? pair.source : -1, [&](int lane, int64_t source) {
+          add_row(__shfl_sync(kAllLanes, weight, lane), given.value, source, head, first,
+                  given.value_dim, parts);
+        });
+      }
+#pragma unroll
+      for (int n = 0; n < kLaneColumns; ++n) sums[n] = fmaf(parts[n], softmax.inverse(), sums[n]);
+      if (!given.within && first == 0 && lane_of_thread() == 0)
+        outputs.lse[row * given.heads + head] = softmax.lse();
+    });
+    write_row(sums, 1.0f, outputs.out, row, head, first, given.value_dim);
   }
 }
 
 // What backward makes of one edge again.
 struct EdgeTerms {
-  float probability = 0.0f, kept = 1.0f, reaching = 0.0f, slope = 0.0f;  // reaching: of the weight
+  float logit = kHiddenLogit, slope = 0.0f, kept = 1.0f;
+  float reaching = 0.0f;  // the gradient of its weight
 
   template <class Pairs>
-  __device__ EdgeTerms(const Pairs& pairs, const Attention& given,
-                       const AttentionGradients& gradients, const Heard& pair, int head) {
+  __device__ EdgeTerms(const Pairs& pairs, const Attention& given, const Rows& grad_out,
+                       const Heard& pair, int head) {
     if (!pair.exists()) return;
     const float before = given.before_activation(pair, head);
-    const float lse = gradients.lse[pair.target * given.heads + head];
     slope = given.slope(before);
-    probability = lse == kHiddenLogit ? 0.0f : expf(before * slope - lse);
+    logit = before * slope;
     if (given.dropout.probability > 0) kept = pairs.kept(given.dropout, head, pair);
-    reaching = kept * Attention::product(gradients.grad_out, pair.target, given.value, pair.source,
-                                         head, given.value_dim);
+    reaching = kept * Attention::product(grad_out, pair.target, given.value, pair.source, head,
+                                         given.value_dim);
   }
-  __device__ float of_logit(float delta) const {
-    return probability * (reaching - delta) * slope;
+};
+
+// Weight of an edge before dropout, and gradient of its logit before activation.
+struct EdgeWeight {
+  float probability = 0.0f, gradient = 0.0f;
+
+  template <class Pairs>
+  __device__ EdgeWeight(const Pairs& pairs, const Attention& given,
+                        const AttentionGradients& gradients, const Heard& pair, int head,
+                        const EdgeTerms& terms) {
+    if (!pair.exists()) return;
+    const int64_t place = given.within ? pairs.place_within(pair) : pair.target;
+    const float lse = gradients.lse[place * given.heads + head];
+    probability = lse == kHiddenLogit ? 0.0f : expf(terms.logit - lse);
+    const float delta = gradients.delta[place * given.heads + head];
+    gradient = probability * (terms.reaching - delta) * terms.slope;
   }
 };
 
@@ -231,9 +182,7 @@ __device__ inline void add_to_relations(float gradient, int relation, float* par
   int left = relation < 0 ? kNoRelation : relation;
 #pragma unroll 1
   while (true) {
-    int lowest = left;
-    for (int step = kLanes / 2; step > 0; step /= 2)
-      lowest = min(lowest, __shfl_xor_sync(kAllLanes, lowest, step));
+    const int lowest = minimum_of_warp(left);
     if (lowest == kNoRelation) return;
     const float sum = sum_of_warp(left == lowest ? gradient : 0.0f);
     if (lane_of_thread() == 0) partials[int64_t(lowest) * heads] += sum;
@@ -241,7 +190,39 @@ __device__ inline void add_to_relations(float gradient, int relation, float* par
   }
 }
 
-// A warp has every chunks-th target: delta, ddst, and its own part of drel.
+// lse and delta of every softmax of a target.
+template <class Pairs>
+__device__ inline void keep_softmaxes(const Pairs& pairs, const Attention& given,
+                                      const AttentionGradients& gradients, int64_t row, int head) {
+  for_each_softmax(pairs, row, given.within, [&](const Group& group) {
+    OnlineSoftmax softmax;
+    float delta = 0.0f;
+#pragma unroll 1
+    for (int64_t slot = group.begin; slot < group.end; slot += kLanes) {
+      const Heard pair = own_pair(pairs, row, slot, group);
+      const EdgeTerms terms(pairs, given, gradients.grad_out, pair, head);
+      float rescale;
+      const float weight = softmax.weight(terms.logit, rescale);
+      delta = fmaf(delta, rescale, weight * terms.reaching);
+    }
+    delta = sum_of_warp(delta) * softmax.inverse();
+    const auto keep = [&](int64_t place) {
+      gradients.lse[place * given.heads + head] = softmax.lse();
+      gradients.delta[place * given.heads + head] = delta;
+    };
+    const int lane = lane_of_thread();
+    if (given.within && Pairs::kSoftmaxByEdge) {
+#pragma unroll 1
+      for (int64_t slot = group.begin + lane; slot < group.end; slot += kLanes)
+        keep(pairs.place_within(pairs.at(row, slot)));
+    } else if (lane == 0) {
+      keep(given.within ? pairs.place_within({row, -1, -1, group.relation}) : row);
+    }
+  });
+  __syncwarp();
+}
+
+// A warp has every chunks-th target: lse, delta, ddst, and its own part of drel.
 template <class Pairs>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_targets_kernel(const __grid_constant__ Pairs pairs,
@@ -254,27 +235,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
   for (int64_t row = chunk; row < pairs.rows; row += gradients.chunks) {
     const int64_t end = pairs.end_of(row);
-    float delta = 0.0f;
-#pragma unroll 1
-    for (int64_t slot = pairs.begin_of(row); slot < end; slot += kLanes) {
-      const EdgeTerms terms(pairs, given, gradients, own_pair(pairs, row, slot), head);
-      delta = fmaf(terms.probability, terms.reaching, delta);
-    }
-    delta = sum_of_warp(delta);
-    if (lane_of_thread() == 0) gradients.delta[row * given.heads + head] = delta;
+    keep_softmaxes(pairs, given, gradients, row, head);
 #pragma unroll 1
     for (int first = 0; first < max(given.depth, 1); first += kWarpColumns) {
       float total = 0.0f, sums[kLaneColumns] = {};
 #pragma unroll 1
       for (int64_t slot = pairs.begin_of(row); slot < end; slot += kLanes) {
-        const Heard pair = own_pair(pairs, row, slot);
-        const EdgeTerms terms(pairs, given, gradients, pair, head);
-        const float gradient = terms.of_logit(delta);
-        total += gradient;
-        if (first == 0) add_to_relations(gradient, pair.relation, partials, given.heads);
+        const Heard pair = own_pair(pairs, row, slot, end);
+        const EdgeTerms terms(pairs, given, gradients.grad_out, pair, head);
+        const EdgeWeight weight(pairs, given, gradients, pair, head, terms);
+        total += weight.gradient;
+        if (first == 0) add_to_relations(weight.gradient, pair.relation, partials, given.heads);
         if (given.depth)
           for_each_lane(pair.exists() ? pair.source : -1, [&](int lane, int64_t source) {
-            add_row(__shfl_sync(kAllLanes, gradient, lane), given.src, source, head, first,
+            add_row(__shfl_sync(kAllLanes, weight.gradient, lane), given.src, source, head, first,
                     given.depth, sums);
           });
       }
@@ -300,16 +274,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     float total = 0.0f, values[kLaneColumns] = {}, keys[kLaneColumns] = {};
 #pragma unroll 1
     for (int64_t slot = pairs.begin_of(row); slot < end; slot += kLanes) {
-      const Heard pair = own_pair(pairs, row, slot);
-      const EdgeTerms terms(pairs, given, gradients, pair, head);
-      const float weight = terms.probability * terms.kept;
-      const float gradient =
-          pair.exists() ? terms.of_logit(gradients.delta[pair.target * given.heads + head]) : 0.0f;
-      total += gradient;
+      const Heard pair = own_pair(pairs, row, slot, end);
+      const EdgeTerms terms(pairs, given, gradients.grad_out, pair, head);
+      const EdgeWeight weight(pairs, given, gradients, pair, head, terms);
+      const float kept = weight.probability * terms.kept;
+      total += weight.gradient;
       for_each_lane(pair.exists() ? pair.target : -1, [&](int lane, int64_t target) {
-        add_row(__shfl_sync(kAllLanes, weight, lane), gradients.grad_out, target, head, first,
+        add_row(__shfl_sync(kAllLanes, kept, lane), gradients.grad_out, target, head, first,
                 given.value_dim, values);
-        add_row(__shfl_sync(kAllLanes, gradient, lane), given.dst, target, head, first,
+        add_row(__shfl_sync(kAllLanes, weight.gradient, lane), given.dst, target, head, first,
                 given.depth, keys);
       });
     }

@@ -1,6 +1,8 @@
-// out_i = addend_i + sum over relations r of the sum (or mean) of x_j over r's neighbours j · W_r,
-// and its gradients. Sums over neighbours pass through shared memory, a relation at a time.
+// out_i = addend_i + sum over relations r of the sum (mean, maximum) of x_j over r's neighbours j,
+// times W_r, and its gradients. Aggregates pass through shared memory, a relation at a time.
 #pragma once
+
+#include <limits>
 
 #include "relation_views.cuh"
 #include "tiles.cuh"
@@ -10,24 +12,32 @@ namespace rdfkern {
 constexpr int kPass = 4 * kColumns;  // elements of x that are summed at a time
 constexpr int kGradientSide = 64;    // rows and columns of dweight that one block has
 
+enum class Aggregation : int { kSum, kMean, kMax };
+
 // W_r has `blocks` diagonal blocks of (width_in, width_out): batches and heads of `weight`.
 struct Convolution {
   Rows x, weight, addend, out;  // addend.data may be null
   int blocks, width_in, width_out;
-  bool mean;
+  Aggregation aggregation;
 };
 
 struct WeightGradient {
   Rows x, grad_out;
   float* partials;  // (chunks, relations, blocks, width_in, width_out)
   int chunks, relations, blocks, width_in, width_out;
-  bool mean;
+  Aggregation aggregation;
+};
+
+// What reaches aggregates: grad_out times W_rᵀ.
+struct BackProduct {
+  Rows grad_out, weight;  // weight: (relations, blocks, width_out, width_in)
+  int blocks, width_in, width_out;
 };
 
 struct EdgeGradient {
-  Rows x, grad_out, weight;  // weight: (relations, blocks, width_out, width_in)
+  Rows x;
+  BackProduct back;
   float* edges;
-  int blocks, width_in, width_out;
   bool mean;
 };
 
@@ -41,36 +51,50 @@ struct ConvolveMemory {
 struct WeightGradientMemory {
   Tile<kGradientSide> z;  // transposed: a row per element of x
   Stage<kGradientSide, kGradientSide> stage;
-  Run runs[kTileRows];
-  bool found;
+  FoundRuns found;
+};
+
+struct BackProductMemory {
+  Tile<kTileRows> grad_out;
+  Stage<kTileRows, kGradientSide> stage;
 };
 
 struct EdgeGradientMemory {
-  Tile<kTileRows> grad_out;
-  Stage<kTileRows, kGradientSide> stage;
+  BackProductMemory product;
   Walk walk;
 };
 
-// store(row of the tile, column, sum over the row's neighbours) for every row and COLUMNS columns;
-// zeros for rows without the relation and columns from `width` on.
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+// What is not a number stays.
+__device__ inline float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+// store(row of the tile, column, aggregate of the row's neighbours) for every row and COLUMNS
+// columns; zeros for rows without the relation and columns from `width` on.
 template <int COLUMNS, class View, class Store>
 __device__ inline void gather(const View& view, int64_t first_row, const Run (&runs)[kTileRows],
-                              int relation, bool mean, const Rows& x, int64_t first_column,
-                              int width, const Store& store) {
+                              int relation, Aggregation aggregation, const Rows& x,
+                              int64_t first_column, int width, const Store& store) {
   const int column = thread_x();
+  const bool highest = aggregation == Aggregation::kMax;
 #pragma unroll 1
   for (int local = thread_y(); local < kTileRows; local += kSide) {
     const Run& run = runs[local];
     float sums[COLUMNS / kSide] = {};
     if (run.relation == relation) {
+#pragma unroll
+      for (int n = 0; n < COLUMNS / kSide; ++n)
+        if (highest && column + kSide * n < width) sums[n] = kLowest;
       view.for_each_neighbour(first_row + local, run, [&](int64_t node, float weight) {
         const int64_t at = node * x.row_stride + first_column + column;
 #pragma unroll
         for (int n = 0; n < COLUMNS / kSide; ++n)
-          if (column + kSide * n < width)
-            sums[n] = fmaf(weight, read(x.data, x.kind, at + kSide * n), sums[n]);
+          if (column + kSide * n < width) {
+            const float value = read(x.data, x.kind, at + kSide * n);
+            sums[n] = highest ? larger(sums[n], weight * value) : fmaf(weight, value, sums[n]);
+          }
       });
-      const float scale = mean ? 1.0f / float(run.count) : 1.0f;
+      const float scale = aggregation == Aggregation::kMean ? 1.0f / float(run.count) : 1.0f;
 #pragma unroll
       for (int n = 0; n < COLUMNS / kSide; ++n) sums[n] *= scale;
     }
@@ -104,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int first = 0; first < given.width_in; first += kPass) {
       const int width = min(kPass, given.width_in - first);
-      gather<kPass>(view, first_row, memory.walk.runs, relation, given.mean, given.x,
+      gather<kPass>(view, first_row, memory.walk.runs, relation, given.aggregation, given.x,
                     int64_t(block) * given.width_in + first, width,
                     [&](int local, int column, float sum) {
                       memory.z[column / kColumns][local][column % kColumns] = sum;
@@ -157,24 +181,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
   for (int64_t first_row = int64_t(chunk) * kTileRows; first_row < view.rows;
        first_row += int64_t(given.chunks) * kTileRows) {
-    __syncthreads();
-    if (threadIdx.x < kTileRows) {
-      const int64_t row = first_row + threadIdx.x;
-      const Run run = row < view.rows ? find_run(view, row, relation) : Run{0, 0, 0, kNoRelation};
-      memory.runs[threadIdx.x] = run;
-      const bool found = __any_sync(kAllLanes, run.count != 0);
-      if (threadIdx.x == 0) memory.found = found;
-    }
-    __syncthreads();
-    if (!memory.found) continue;
-    gather<kGradientSide>(view, first_row, memory.runs, relation, given.mean, given.x,
+    if (!memory.found.find(view, first_row, relation)) continue;
+    gather<kGradientSide>(view, first_row, memory.found.runs, relation, given.aggregation, given.x,
                           int64_t(block) * given.width_in + first_in, given.width_in - first_in,
                           [&](int local, int column, float sum) { memory.z[column][local] = sum; });
 #pragma unroll 1
     for (int at = threadIdx.x; at < kTileRows * kGradientSide; at += kThreads) {
       const int local = at / kGradientSide, column = first_out + at % kGradientSide;
       float value = 0.0f;
-      if (memory.runs[local].count && column < given.width_out)
+      if (memory.found.runs[local].count && column < given.width_out)
         value = read(given.grad_out.data, given.grad_out.kind,
                      view.node(first_row + local) * given.grad_out.row_stride +
                          int64_t(block) * given.width_out + column);
@@ -197,6 +212,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// sums = grad_out of the tile's rows with `relation`, times up to kGradientSide columns of one
+// diagonal block of W_rᵀ from first_in on; zeros elsewhere.
+template <class View>
+__device__ inline void multiply_back(const View& view, int64_t first_row,
+                                     const Run (&runs)[kTileRows], int relation,
+                                     const BackProduct& given, int block, int first_in,
+                                     BackProductMemory& memory,
+                                     float (&sums)[1][kTileRows / kSide][kGradientSide / kSide]) {
+  const Rows weight = from_column(given.weight, first_in);
+  const float keep[1][kTileRows / kSide] = {{1.0f, 1.0f}};
+#pragma unroll 1
+  for (int start = 0; start < given.width_out; start += kColumns) {
+    __syncthreads();
+#pragma unroll 1
+    for (int at = threadIdx.x; at < kTileRows * kColumns; at += kThreads) {
+      const int local = at / kColumns, column = start + at % kColumns;
+      float value = 0.0f;
+      if (runs[local].relation == relation && column < given.width_out)
+        value = read(given.grad_out.data, given.grad_out.kind,
+                     view.node(first_row + local) * given.grad_out.row_stride +
+                         int64_t(block) * given.width_out + column);
+      memory.grad_out[local][at % kColumns] = value;
+    }
+    load_whole<kGradientSide>(Strip{weight, relation, block, start,
+                                    min(kColumns, given.width_out - start),
+                                    given.width_in - first_in},
+                              memory.stage);
+    add_product<kTileRows, kGradientSide, 1>(&memory.grad_out, memory.stage, keep, sums);
+  }
+}
+
 // edges[e] = <x of its source, grad_out of its target · W_rᵀ>; the view is that of the targets.
 __global__ void __launch_bounds__(kThreads, 1)
     edge_gradient_kernel(const __grid_constant__ EdgeView view,
@@ -205,36 +251,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first_row = int64_t(blockIdx.x) * kTileRows;
   const int x = thread_x(), y = thread_y();
   const unsigned lanes_of_row = 0xffffu << (y % 2 * kSide);
-  const float keep[1][kTileRows / kSide] = {{1.0f, 1.0f}};
+  const BackProduct& back = given.back;
   memory.walk.start(view, first_row);
 #pragma unroll 1
   for (int relation = memory.walk.lowest(); relation != kNoRelation;
        relation = memory.walk.lowest()) {
 #pragma unroll 1
-    for (int first_in = 0; first_in < given.blocks * given.width_in;) {
-      const int block = first_in / given.width_in;
-      const int width = min(kGradientSide, (block + 1) * given.width_in - first_in);
-      const Rows weight = from_column(given.weight, first_in - block * given.width_in);
+    for (int first_in = 0; first_in < back.blocks * back.width_in;) {
+      const int block = first_in / back.width_in;
+      const int width = min(kGradientSide, (block + 1) * back.width_in - first_in);
       float sums[1][kTileRows / kSide][kGradientSide / kSide] = {};
-#pragma unroll 1
-      for (int start = 0; start < given.width_out; start += kColumns) {
-        __syncthreads();
-#pragma unroll 1
-        for (int at = threadIdx.x; at < kTileRows * kColumns; at += kThreads) {
-          const int local = at / kColumns, column = start + at % kColumns;
-          const bool exists =
-              memory.walk.runs[local].relation == relation && column < given.width_out;
-          memory.grad_out[local][at % kColumns] =
-              exists ? read(given.grad_out.data, given.grad_out.kind,
-                            (first_row + local) * given.grad_out.row_stride +
-                                int64_t(block) * given.width_out + column)
-                     : 0.0f;
-        }
-        load_whole<kGradientSide>(Strip{weight, relation, block, start,
-                                        min(kColumns, given.width_out - start), width},
-                                  memory.stage);
-        add_product<kTileRows, kGradientSide, 1>(&memory.grad_out, memory.stage, keep, sums);
-      }
+      multiply_back(view, first_row, memory.walk.runs, relation, back, block,
+                    first_in - block * back.width_in, memory.product, sums);
 #pragma unroll
       for (int i = 0; i < kTileRows / kSide; ++i) {
         const Run& run = memory.walk.runs[y + kSide * i];

@@ -42,15 +42,18 @@ struct EdgeView {
   __device__ int relation_of(int64_t entry) const { return int(relation.at(entry)); }
   __device__ int64_t size_of(int64_t, int64_t) const { return 1; }
 
+  __device__ float weight_of(int64_t entry) const {
+    const float weight =
+        weights ? read(weights, weight_kind, edge.at(entry) * weight_stride) : 1.0f;
+    return shares ? weight / float(count.at(entry)) : weight;
+  }
+
   // body(node, weight)
   template <class Body>
   __device__ void for_each_neighbour(int64_t, const Run& run, const Body& body) const {
 #pragma unroll 1
-    for (int64_t entry = run.begin; entry < run.end; ++entry) {
-      float weight = weights ? read(weights, weight_kind, edge.at(entry) * weight_stride) : 1.0f;
-      if (shares) weight /= float(count.at(entry));
-      body(other.at(entry), weight);
-    }
+    for (int64_t entry = run.begin; entry < run.end; ++entry)
+      body(other.at(entry), weight_of(entry));
   }
 };
 
@@ -136,22 +139,49 @@ __device__ inline Run next_run(const View& view, int64_t row, int64_t entry) {
   return {end, end, 0, kNoRelation};
 }
 
+// The first entry of a relation or a later one.
 template <class View>
-__device__ inline Run find_run(const View& view, int64_t row, int relation) {
+__device__ inline int64_t first_entry_from(const View& view, int64_t row, int relation) {
   int64_t low = view.first_entry(row), high = view.end_entry(row);
-  const int64_t end = high;
 #pragma unroll 1
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (view.relation_of(middle) < relation) low = middle + 1;
     else high = middle;
   }
-  if (low < end && view.relation_of(low) == relation) {
-    const Run run = run_from(view, row, low);
+  return low;
+}
+
+template <class View>
+__device__ inline Run find_run(const View& view, int64_t row, int relation) {
+  const int64_t entry = first_entry_from(view, row, relation), end = view.end_entry(row);
+  if (entry < end && view.relation_of(entry) == relation) {
+    const Run run = run_from(view, row, entry);
     if (run.count) return run;
   }
   return {end, end, 0, kNoRelation};
 }
+
+// The runs of one relation in a tile of rows, in shared memory; whether there are any. For all
+// threads of a block, which are done with the runs of before.
+struct FoundRuns {
+  Run runs[kTileRows];
+  bool any;
+
+  template <class View>
+  __device__ bool find(const View& view, int64_t first_row, int relation) {
+    __syncthreads();
+    if (threadIdx.x < kTileRows) {
+      const int64_t row = first_row + threadIdx.x;
+      const Run run = row < view.rows ? find_run(view, row, relation) : Run{0, 0, 0, kNoRelation};
+      runs[threadIdx.x] = run;
+      const bool found = __any_sync(kAllLanes, run.count != 0);
+      if (threadIdx.x == 0) any = found;
+    }
+    __syncthreads();
+    return any;
+  }
+};
 
 // Walks the relations of a tile of rows in ascending order; the first warp keeps the rows' runs.
 struct Walk {

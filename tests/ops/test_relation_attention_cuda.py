@@ -1,5 +1,7 @@
 """The CUDA C++ kernels of relation attention against plain torch, run by the CPU emulator."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ import rdfkern
 from rdfkern import RelationGraph, RelationSpec, relation_attention, relation_dot_attention
 from rdfkern._backends import jit
 from rdfkern._backends.dispatch import Implementation
-from rdfkern.ops.relation_mp import api, attention_cuda, attention_op, bands
+from rdfkern.ops.relation_mp import api, attention_cuda, bands
 from rdfkern.ops.relation_mp.windows import windows
 from rdfkern.testing import assert_within_budget
 
@@ -24,6 +26,7 @@ FORMS = {
     "dot": (relation_dot_attention, ("query", "key", "value", "logit_rel")),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SOFTMAX = ("across", "within")
 # As for the CPU kernels: the largest of few errors is one draw of noise, and so is its budget.
 GRADIENT = 3.0
 NOISY = 6.0
@@ -141,12 +144,21 @@ def test_error_budget(name, form):
     check(form, inputs_of(form, graph), graph)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_softmax_within_relations(name, form):
+    graph = GRAPHS[name]()
+    check(form, inputs_of(form, graph), graph, luck=2.0, softmax="within")
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["rule, positions in any order", "list, bipartite"])
 def test_half_types(name, form, dtype):
     graph = GRAPHS[name]()
-    assert check(form, inputs_of(form, graph, dtype=dtype), graph).dtype == dtype
+    inputs = inputs_of(form, graph, dtype=dtype)
+    assert check(form, inputs, graph).dtype == dtype
+    check(form, inputs, graph, luck=2.0, softmax="within")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +168,9 @@ def test_half_types(name, form, dtype):
 @pytest.mark.parametrize("name", ["rule, window", "list, random"])
 def test_widths(name, form, heads, width, depth):
     graph = GRAPHS[name]()
-    check(form, inputs_of(form, graph, heads, width, depth), graph)
+    inputs = inputs_of(form, graph, heads, width, depth)
+    check(form, inputs, graph)
+    check(form, inputs, graph, luck=2.0, softmax="within")
 
 
 @pytest.mark.parametrize("negative_slope", [0.0, 1.7, -0.5])
@@ -171,19 +185,21 @@ def test_scales(scale):
     check("dot", inputs_of("dot", graph), graph, luck=2.0, scale=scale)
 
 
+@pytest.mark.parametrize("softmax", SOFTMAX)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["rule, window", "list, random"])
-def test_minus_infinity_hides(name, form):
+def test_minus_infinity_hides(name, form, softmax):
     graph = GRAPHS[name]()
     inputs = inputs_of(form, graph)
     inputs[3][graph.num_relations // 2] = -INF
     if form == "additive":
         inputs[1][[1, 4]] = -INF
         inputs[2][[0, 2]] = -INF
-    assert check(form, inputs, graph).isfinite().all()
+    assert check(form, inputs, graph, luck=2.0, softmax=softmax).isfinite().all()
     inputs[3][:] = -INF
     upstream = torch.ones(graph.num_dst, 2, 20)
-    assert not any(x.any() for x in run("cuda", form, inputs, graph, upstream).values())
+    results = run("cuda", form, inputs, graph, upstream, softmax=softmax)
+    assert not any(x.any() for x in results.values())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -215,8 +231,9 @@ def test_strides(name, form):
         assert all(torch.equal(value, expected[key]) for key, value in actual.items())
 
 
+@pytest.mark.parametrize("softmax", SOFTMAX)
 @pytest.mark.parametrize("form", FORMS)
-def test_dropout_on_rules_is_that_of_the_cpu_kernels(form):
+def test_dropout_on_rules_is_that_of_the_cpu_kernels(form, softmax):
     if reason := rdfkern.available_backends("relation_attention")["cpu"]:
         pytest.skip(reason)
     graph = GRAPHS["rule, window"]()
@@ -224,15 +241,17 @@ def test_dropout_on_rules_is_that_of_the_cpu_kernels(form):
     results = []
     for impl in ("cpu", "cuda"):
         torch.manual_seed(3)
-        results.append(run(impl, form, inputs, graph, upstream, dropout_p=0.3))
+        options = {"softmax": softmax, "dropout_p": 0.3}
+        results.append(run(impl, form, inputs, graph, upstream, **options))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=2e-5, msg=name)
-    undropped = run("cuda", form, inputs, graph, upstream)["out"]
+    undropped = run("cuda", form, inputs, graph, upstream, softmax=softmax)["out"]
     assert not torch.allclose(undropped, results[1]["out"], atol=0.01)
 
 
+@pytest.mark.parametrize("softmax", SOFTMAX)
 @pytest.mark.parametrize("form", FORMS)
-def test_dropout_on_lists_is_drawn_again_in_backward(form):
+def test_dropout_on_lists_is_drawn_again_in_backward(form, softmax):
     """Values that are unit vectors show every weight: what was drawn, and what follows from it."""
     nodes, p = 40, 0.3
     pairs = torch.ones(nodes, nodes).nonzero().T
@@ -242,14 +261,15 @@ def test_dropout_on_lists_is_drawn_again_in_backward(form):
     inputs[at] = torch.eye(nodes)[:, None].expand(nodes, 2, nodes).contiguous()
     upstream = rand(nodes, 2, nodes, seed=2)
     torch.manual_seed(4)
-    actual = run("cuda", form, inputs, graph, upstream, dropout_p=p)
-    weights = run("torch", form, inputs, graph, upstream)["out"]  # [target, head, source]
+    actual = run("cuda", form, inputs, graph, upstream, softmax=softmax, dropout_p=p)
+    # [target, head, source]
+    weights = run("torch", form, inputs, graph, upstream, softmax=softmax)["out"]
     kept = actual["out"] / weights
     keep = kept.round(decimals=3) != 0
     torch.testing.assert_close(kept, keep / (1 - p), rtol=1e-4, atol=1e-4)
     assert 0.66 < keep.float().mean() < 0.74
     assert (keep[:, 0] == keep[:, 1]).float().mean() < 0.7
-    expected = run("torch", form, inputs, graph, upstream * keep / (1 - p))
+    expected = run("torch", form, inputs, graph, upstream * keep / (1 - p), softmax=softmax)
     for name in actual.keys() - {"out", "value"}:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
     dvalue = torch.einsum("ihj,ihc->jhc", actual["out"], upstream)
@@ -259,14 +279,15 @@ def test_dropout_on_lists_is_drawn_again_in_backward(form):
 SCHEDULES = (("reverse", 0), ("eager warps", 1), ("random", 2))
 
 
+@pytest.mark.parametrize("softmax", SOFTMAX)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: "{}-{}".format(*schedule))
-def test_every_schedule_gives_the_same_bits(schedule, emulator):
+def test_every_schedule_gives_the_same_bits(schedule, softmax, emulator):
     for name in ("rule, modalities share steps", "list, random"):
         graph = GRAPHS[name]()
         inputs, upstream = inputs_of("dot", graph), rand(graph.num_dst, 2, 20, seed=1)
-        expected = run("cuda", "dot", inputs, graph, upstream)
+        expected = run("cuda", "dot", inputs, graph, upstream, softmax=softmax)
         with emulator.schedule(*schedule):
-            actual = run("cuda", "dot", inputs, graph, upstream)
+            actual = run("cuda", "dot", inputs, graph, upstream, softmax=softmax)
         for key, value in expected.items():
             assert torch.equal(actual[key], value), key
 
@@ -282,7 +303,8 @@ def test_indices_of_64_bits(monkeypatch):
     monkeypatch.setattr(bands, "_index_dtype", lambda largest: torch.int64)
     graph = GRAPHS["list, random"]()
     assert bands.layout(graph).tensors[0].dtype == torch.int64
-    check("dot", inputs_of("dot", graph), graph)
+    for softmax in SOFTMAX:
+        check("dot", inputs_of("dot", graph), graph, luck=2.0, softmax=softmax)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -294,19 +316,20 @@ def test_indices_of_64_bits(monkeypatch):
     form=st.sampled_from(list(FORMS)),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
     dtype=st.sampled_from(DTYPES),
+    softmax=st.sampled_from(SOFTMAX),
 )
-def test_any_rule(lengths, keys, sides, placed, form, shape, dtype):
+def test_any_rule(lengths, keys, sides, placed, form, shape, dtype, softmax):
     spec = RelationSpec(*sides, drawn(keys, -1, 2 * keys, keys, keys, 3), 2 * keys)
     positions = drawn(keys + 1, -30, 30, sum(lengths)) if placed else None
     graph = bound(spec, lengths, positions)
-    check(form, inputs_of(form, graph, *shape, dtype), graph, luck=5.0)
+    check(form, inputs_of(form, graph, *shape, dtype), graph, luck=5.0, softmax=softmax)
 
 
 def test_registered_operators_give_the_shapes_that_their_fakes_promise():
     checks = ("test_schema", "test_faketensor")
-    options = (None, 0.5, 1.0, False, 0.0, "cuda")
-    for name in ("rule, positions in any order", "list, bipartite"):
-        graph = GRAPHS[name]()
+    cases = itertools.product(("rule, positions in any order", "list, bipartite"), (False, True))
+    for name, within in cases:
+        graph, options = GRAPHS[name](), (None, 0.5, 1.0, within, 0.0, "cuda")
         tensors = windows(graph) if graph.is_implicit else bands.layout(graph).tensors
         query, key, value, rel = inputs_of("dot", graph)
         given = (value, query, key, rel)
@@ -342,18 +365,10 @@ class OnDevice:
     [
         ({"value": torch.empty(2, 2)}, "inputs are on cpu"),
         ({"value": OnDevice(torch.float64)}, "computes in float32, inputs are torch.float64"),
-        ({"softmax": "within"}, "computes the softmax across relations, softmax is 'within'"),
+        ({"softmax": "within"}, None),
         ({}, None),
     ],
 )
 def test_predicate(changes, expected):
     arguments = {"value": OnDevice(), "graph": listed(3, 3, 2, 4), "softmax": "across"} | changes
     assert attention_cuda.can_run(arguments) == expected
-
-
-def test_operators_refuse_what_the_predicate_does():
-    graph = listed(3, 3, 2, 4)
-    with pytest.raises(ValueError, match="across relations"):
-        attention_op.relation_attention(
-            *inputs_of("additive", graph), graph, 0.2, "within", 0.0, impl="cuda"
-        )

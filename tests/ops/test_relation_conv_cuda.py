@@ -1,5 +1,7 @@
 """The CUDA C++ kernels of relation convolution against the reference, run by the CPU emulator."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +20,10 @@ OPERATORS = (
     "_relation_conv_edges_dweight_cuda",
     "_relation_conv_inverse_counts_cuda",
     "_relation_conv_dedge_cuda",
+    "_relation_conv_bands_maxima_cuda",
+    "_relation_conv_edges_maxima_cuda",
 )
-AGGREGATIONS = ("sum", "mean")
+AGGREGATIONS = ("sum", "mean", "max")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -190,10 +194,11 @@ def test_explicit_graphs(case, form, aggr):
     check(graph, inputs, aggr)
 
 
+@pytest.mark.parametrize("aggr", ["mean", "max"])
 @pytest.mark.parametrize("form", ["full", "blocks"])
-def test_wide_edge_weight_gradients(form):
+def test_wide_edge_weight_gradients(form, aggr):
     graph = random_edges(20, 40, 2, 60)
-    check(graph, inputs_of(graph, 150, 70, form, edge_weight=rand(60, seed=9)), "mean")
+    check(graph, inputs_of(graph, 150, 70, form, edge_weight=rand(60, seed=9)), aggr)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -221,6 +226,7 @@ def test_indices_of_64_bits(monkeypatch):
     for graph in (bind(dialoguegcn(2, 5, 9), (40,)), random_edges(20, 30, 3, 90)):
         assert bands.layout(graph).tensors[0].dtype == torch.int64
         check(graph, inputs_of(graph, 7, 5), "mean")
+        check(graph, inputs_of(graph, 7, 5), "max")
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -237,6 +243,7 @@ def test_strided_inputs(explicit):
         graph = RelationGraph.from_edges(*graph.to_edges(), 40, 8)
         inputs["edge_weight"] = rand(edges, 2, seed=5)[:, 0]
     check(graph, inputs, "mean")
+    check(graph, inputs, "max")
     inputs["x"] = rand(40, 32, seed=1)[:, ::2]
     inputs["weight"] = torch.eye(16).expand(8, 16, 16)
     check(graph, inputs, "sum")
@@ -256,16 +263,16 @@ def test_upstream_gradient_of_any_stride():
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("aggr", ["mean", "max"])
 @pytest.mark.parametrize("wanted", ["x", "weight", "edge_weight"])
-def test_one_gradient_alone(wanted):
+def test_one_gradient_alone(wanted, aggr):
     graph = random_edges(20, 20, 3, 60)
     inputs = inputs_of(graph, 7, 5, edge_weight=rand(60, seed=9))
     upstream = upstream_of(graph, inputs)
-    expected = run("cuda", graph, inputs, upstream, "mean")[wanted]
+    expected = run("cuda", graph, inputs, upstream, aggr)[wanted]
     inputs[wanted].requires_grad_()
-    out = relation_conv(
-        inputs["x"], inputs["weight"], graph, edge_weight=inputs["edge_weight"], impl="cuda"
-    )
+    given = {"edge_weight": inputs["edge_weight"], "aggr": aggr, "impl": "cuda"}
+    out = relation_conv(inputs["x"], inputs["weight"], graph, **given)
     assert torch.equal(torch.autograd.grad(out, inputs[wanted], upstream)[0], expected)
 
 
@@ -288,10 +295,53 @@ def test_nothing_to_do_never_reaches_the_kernels(
 def test_isolated_nodes_and_unused_relations_get_exactly_nothing():
     graph = RelationGraph.from_edges(torch.tensor([[0], [1]]), torch.tensor([2]), 4, 5)
     inputs = inputs_of(graph, 3, 2, bias=torch.ones(2))
-    actual = run("cuda", graph, inputs, torch.ones(4, 2), "mean")
-    assert torch.equal(actual["out"][[0, 2, 3]], torch.ones(3, 2))
-    assert not actual["x"][1:].any() and actual["x"][0].all()
-    assert not actual["weight"][[0, 1, 3, 4]].any() and actual["weight"][2].all()
+    for aggr in ("mean", "max"):
+        actual = run("cuda", graph, inputs, torch.ones(4, 2), aggr)
+        assert torch.equal(actual["out"][[0, 2, 3]], torch.ones(3, 2))
+        assert not actual["x"][1:].any() and actual["x"][0].all()
+        assert not actual["weight"][[0, 1, 3, 4]].any() and actual["weight"][2].all()
+
+
+def tied_problems():
+    """Features and edge weights of few values, all exact: the maxima are attained many times."""
+    implicit = bind(dialoguegcn(2, 9, 4), (40, 9))
+    explicit = random_edges(30, 20, 2, 200)
+    edge_weight = torch.tensor([0.5, 1.0, 2.0, -1.0]).repeat(50)
+    for graph, more in ((implicit, {}), (explicit, {}), (explicit, {"edge_weight": edge_weight})):
+        inputs = inputs_of(graph, 70, 5, **more)
+        inputs["x"] = inputs["x"].round().clamp(-1, 1)
+        yield graph, inputs
+
+
+def test_edges_that_tie_share_the_gradient_of_the_maximum():
+    for graph, inputs in tied_problems():
+        check(graph, inputs, "max")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_maxima_that_are_not_finite(value):
+    for graph, inputs in tied_problems():
+        inputs["x"][[3, 7], 1] = value
+        upstream = upstream_of(graph, inputs)
+        actual = run("cuda", graph, inputs, upstream, "max")
+        expected = run("reference", graph, inputs, upstream, "max")
+        assert not expected["weight"].isfinite().all()
+        for name, result in expected.items():
+            torch.testing.assert_close(
+                actual[name], result, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name
+            )
+
+
+def test_maxima_of_any_number_of_relations_at_a_time(monkeypatch):
+    for graph, inputs in tied_problems():
+        upstream = upstream_of(graph, inputs)
+        expected = run("cuda", graph, inputs, upstream, "max")
+        of_one = 2 * graph.num_dst * 70
+        for kept in (1, 3 * of_one):
+            monkeypatch.setattr(conv_cuda, "_KEPT_ELEMENTS", kept)
+            actual = run("cuda", graph, inputs, upstream, "max")
+            for name, result in expected.items():
+                assert torch.equal(actual[name], result), name
 
 
 SCHEDULES = (("reverse", 0), ("eager warps", 1), ("random", 2))
@@ -306,15 +356,16 @@ def scheduled_problems():
     yield sparse, inputs_of(sparse, 4, 4)
 
 
+@pytest.mark.parametrize("aggr", ["mean", "max"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: "{}-{}".format(*schedule))
-def test_every_schedule_gives_the_same_bits(schedule, emulator, monkeypatch):
+def test_every_schedule_gives_the_same_bits(schedule, aggr, emulator, monkeypatch):
     monkeypatch.setattr(conv_cuda, "_BLOCKS", 1)  # one block passes through all tiles
     for graph, inputs in scheduled_problems():
         upstream = upstream_of(graph, inputs)
-        expected = run("cuda", graph, inputs, upstream, "mean")
+        expected = run("cuda", graph, inputs, upstream, aggr)
         with emulator.schedule(*schedule):
-            actual = run("cuda", graph, inputs, upstream, "mean")
-            check(graph, inputs, "mean")
+            actual = run("cuda", graph, inputs, upstream, aggr)
+            check(graph, inputs, aggr)
         for name, value in expected.items():
             assert torch.equal(actual[name], value), name
 
@@ -346,11 +397,12 @@ def test_any_rule(lengths, keys, limits, positions, widths, dtype, aggr):
 
 def test_registered_operators_give_the_shapes_that_their_fakes_promise():
     checks = ("test_schema", "test_faketensor")
-    for graph in (bind(dialoguegcn(2, 3, 3), (9,)), random_edges(9, 7, 8, 30)):
+    graphs = (bind(dialoguegcn(2, 3, 3), (9,)), random_edges(9, 7, 8, 30))
+    for graph, aggr in itertools.product(graphs, ("mean", "max")):
         tensors, past, future = bands.layout(graph)
         edge_weight = rand(30, seed=1) if past == bands.EXPLICIT else None
         given = (rand(9, 5, seed=2), rand(8, 5, 6, seed=3))
-        rule = (list(tensors), past, future, "mean")
+        rule = (list(tensors), past, future, aggr)
         forward = (*given, None, rand(6, seed=4).expand(graph.num_dst, 6), edge_weight, *rule)
         torch.library.opcheck(
             torch.ops.rdfkern.relation_conv_fwd,
@@ -376,9 +428,8 @@ class OnDevice:
     [
         ({"x_src": torch.empty(2, 2)}, "inputs are on cpu"),
         ({"x_src": OnDevice(torch.float64)}, "computes in float32, inputs are torch.float64"),
-        ({"aggr": "max"}, "computes sums and means, aggr is 'max'"),
         ({}, None),
     ],
 )
 def test_predicate(changes, expected):
-    assert conv_cuda.can_run({"x_src": OnDevice(), "aggr": "mean"} | changes) == expected
+    assert conv_cuda.can_run({"x_src": OnDevice()} | changes) == expected

@@ -31,8 +31,14 @@ GRAPHS = {
 CASES = {
     "sum": (relation_conv, (("s", 40), ("r", 40, 72)), {"aggr": "sum"}),
     "mean": (relation_conv, (("s", 40), ("r", 40, 72)), {"aggr": "mean"}),
+    "max": (relation_conv, (("s", 40), ("r", 40, 72)), {"aggr": "max"}),
     "additive": (relation_attention, (("s", 2, 24), ("d", 2), ("s", 2), ("r", 2)), {}),
     "dot": (relation_dot_attention, (("d", 2, 16), ("s", 2, 16), ("s", 2, 24), ("r", 2)), {}),
+    "dot within": (
+        relation_dot_attention,
+        (("d", 2, 16), ("s", 2, 16), ("s", 2, 24), ("r", 2)),
+        {"softmax": "within"},
+    ),
 }
 
 

@@ -34,8 +34,6 @@ def can_run(arguments: Arguments | None) -> str | None:
         return f"inputs are on {value.device.type}"
     if value.dtype not in DTYPES:
         return f"computes in float32, inputs are {value.dtype}"
-    if arguments["softmax"] == "within":
-        return "computes the softmax across relations, softmax is 'within'"
     if graph.is_implicit and (reason := too_many_rows(graph)):
         return reason
     return jit.unavailable("cuda", build=True)
@@ -50,7 +48,7 @@ def forward(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), as `attention_op` says."""
-    out, lse = attention_op.empty_outputs(value, dst, within=False)
+    out, lse = attention_op.empty_outputs(value, dst, options["within"])
     numbers = _numbers(**options)
     jit.load("cuda")
     if isinstance(graph, EdgeLists):
@@ -61,7 +59,7 @@ def forward(
         return out, lse
     inputs = [_unit_stride(x) for x in (*(graph.rows(x) for x in (value, dst, src)), rel)]
     torch.ops.rdfkern._relation_attention_windows_fwd_cuda(*inputs, *graph[1:], *numbers, out, lse)
-    return graph.nodes(out), graph.nodes(lse)
+    return graph.nodes(out), lse if options["within"] else graph.nodes(lse)
 
 
 def backward(
@@ -75,26 +73,34 @@ def backward(
     graph: Windows | EdgeLists,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """(dvalue, ddst, dsrc, drel), as `attention_op` says; always deterministic."""
+    """(dvalue, ddst, dsrc, drel), as `attention_op` says; always deterministic.
+
+    Every softmax takes two numbers for each head: one softmax per target across relations; within
+    them, one per (target, relation) of an implicit graph and one per edge of an explicit one.
+    """
     numbers = _numbers(**options)
     gradients = [x.new_empty(x.shape) for x in (value, dst, src)]
-    delta = torch.empty_like(lse)
     relations, heads = rel.shape
+    softmaxes = dst.shape[0]
+    if options["within"]:
+        explicit = isinstance(graph, EdgeLists)
+        softmaxes = graph.dst_edge.shape[0] if explicit else softmaxes * relations
+    softmax = value.new_empty((2, softmaxes, heads), dtype=torch.float32)
     chunks = max(1, min(_CHUNKS, dst.shape[0], _PARTIAL_ELEMENTS // (relations * heads)))
     drel = value.new_zeros((chunks, relations, heads), dtype=torch.float32)
-    filled = (delta, *gradients, drel)
+    filled = (softmax, *gradients, drel)
     jit.load("cuda")
     if isinstance(graph, EdgeLists):
         inputs = [_unit_stride(x) for x in (grad_out, value, dst, src, rel)]
         by_source = (graph.src_start, graph.src_target, graph.src_relation, graph.src_edge)
         torch.ops.rdfkern._relation_attention_edges_bwd_cuda(
-            *inputs, *_by_target(graph), *by_source, *numbers, lse, *filled
+            *inputs, *_by_target(graph), *by_source, *numbers, *filled
         )
     else:
         of_rows = (graph.rows(x) for x in (grad_out, value, dst, src))
         inputs = [_unit_stride(x) for x in (*of_rows, rel)]
         torch.ops.rdfkern._relation_attention_windows_bwd_cuda(
-            *inputs, *graph[1:], *numbers, graph.rows(lse), *filled
+            *inputs, *graph[1:], *numbers, *filled
         )
         gradients = [graph.nodes(gradient) for gradient in gradients]
     return *gradients, drel.sum(0).to(rel.dtype)
@@ -112,6 +118,4 @@ def _unit_stride(x: Tensor) -> Tensor:
 def _numbers(
     *, seed: int | None, scale: float, negative_slope: float, within: bool, dropout_p: float
 ) -> tuple[Any, ...]:
-    if within:
-        raise ValueError("the softmax of these kernels is across relations")
-    return scale, negative_slope, dropout_p, seed or 0
+    return scale, negative_slope, within, dropout_p, seed or 0
