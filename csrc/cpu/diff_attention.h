@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 #include <limits>
 
+#include "ahead.h"
 #include "dropout.h"
 #include "gemm.h"
 #include "rows.h"
@@ -139,10 +141,12 @@ struct Panel {
 
   float factor() const { return problem.has_bias() ? 1.0f : problem.score_factor(); }
 
-  // The panel's rows as they are; `transposed` gets them with the sign of the scale.
-  Block read_queries(int map, float* natural, float* transposed) const {
-    const Block rows = read_rows(problem.q[map], sequence.batch, head, row(0), count,
-                                 problem.head_dim, natural);
+  // The panel's rows as they are, by read_rows or view_rows; `transposed` gets them with the sign
+  // of the scale.
+  template <class Read>
+  Block read_queries(const Read& read, int map, float* natural, float* transposed) const {
+    const Block rows =
+        read(problem.q[map], sequence.batch, head, row(0), count, problem.head_dim, natural);
     transpose_rows(rows, count, problem.head_width, problem.scale < 0 ? -1.0f : 1.0f, transposed,
                    kPanelStride);
     return rows;
@@ -151,10 +155,10 @@ struct Panel {
   // Multiplied by factor(), a score is scale * q_i k_j + mask in units of log2(e); it is -inf where
   // the key is hidden. The factor is left to the exponential, which gets it without rounding.
   void scores(const float* transposed_queries, const Block& keys, int64_t first_key,
-              int64_t key_count, float* scores) const {
+              int64_t key_count, float* scores, Ahead& ahead) const {
     gemm<Order::kRows, Update::kOverwrite>(key_count, columns(), problem.head_dim, keys.data,
                                            keys.stride, transposed_queries, kPanelStride, scores,
-                                           kPanelStride);
+                                           kPanelStride, nullptr, std::ref(ahead));
     hide_outside_band(first_key, key_count, scores);
     if (problem.padding)
       for (int64_t j = 0; j < key_count; ++j)
@@ -202,6 +206,26 @@ struct Panel {
     }
   }
 };
+
+// c += a b
+template <Order ORDER>
+void gemm_add(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda,
+              const float* b, int64_t ldb, float* c, int64_t ldc, Ahead& ahead) {
+  gemm<ORDER, Update::kAdd>(rows, columns, inner, a, lda, b, ldb, c, ldc, nullptr,
+                            std::ref(ahead));
+}
+
+// c = a b, in sums no longer than those of gemm_add.
+template <Order ORDER>
+void gemm_anew(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda,
+               const float* b, int64_t ldb, float* c, int64_t ldc, Ahead& ahead) {
+  const int64_t first = std::min(inner, kInner);
+  gemm<ORDER, Update::kOverwrite>(rows, columns, first, a, lda, b, ldb, c, ldc, nullptr,
+                                  std::ref(ahead));
+  if (inner > first)
+    gemm_add<ORDER>(rows, columns, inner - first, a + first * (ORDER == Order::kRows ? 1 : lda),
+                    lda, b + first * ldb, ldb, c, ldc, ahead);
+}
 
 inline float* fill_zeros(float* target, int64_t count) {
   std::fill(target, target + count, 0.0f);

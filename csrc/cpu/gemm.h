@@ -41,15 +41,16 @@ inline __attribute__((always_inline)) void gemm_tile(
     }
 }
 
-template <Order ORDER, Update UPDATE, int VECTORS>
+template <Order ORDER, Update UPDATE, int VECTORS, class Between>
 inline void gemm_panel(
     int64_t rows, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
-    float* c, int64_t ldc, const float* beta) {
+    float* c, int64_t ldc, const float* beta, const Between& between) {
   const int64_t step = ORDER == Order::kRows ? lda : 1;
   auto run = [&](auto tile_rows) {
     constexpr int ROWS = decltype(tile_rows)::value;
     for (; rows >= ROWS; rows -= ROWS) {
       gemm_tile<ORDER, UPDATE, ROWS, VECTORS>(inner, a, lda, b, ldb, c, ldc, beta);
+      between();
       a += ROWS * step;
       c += ROWS * ldc;
       if (UPDATE == Update::kRescale) beta += ROWS;
@@ -61,29 +62,38 @@ inline void gemm_panel(
   run(std::integral_constant<int, 1>{});
 }
 
+struct Nothing {
+  void operator()() const {}
+};
+
 // c (rows, columns), a (rows, inner), b (inner, columns); columns is a multiple of kLanes.
-// b may be in panels of kTileColumns columns, `panel` floats apart. INNER: as kInner.
-template <Order ORDER, Update UPDATE, int64_t INNER = kInner>
+// between() is called after every tile. b may be in panels of kTileColumns columns, `panel` floats
+// apart. INNER: as kInner.
+template <Order ORDER, Update UPDATE, int64_t INNER = kInner, class Between = Nothing>
 __attribute__((noinline)) void gemm(
     int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
-    int64_t ldb, float* c, int64_t ldc, const float* beta = nullptr,
+    int64_t ldb, float* c, int64_t ldc, const float* beta = nullptr, const Between& between = {},
     int64_t panel = kTileColumns) {
   if constexpr (UPDATE == Update::kAdd)
     for (; inner > INNER; inner -= INNER) {
-      gemm<ORDER, UPDATE, INNER>(rows, columns, INNER, a, lda, b, ldb, c, ldc, nullptr, panel);
+      gemm<ORDER, UPDATE, INNER>(rows, columns, INNER, a, lda, b, ldb, c, ldc, beta, between,
+                                 panel);
       a += INNER * (ORDER == Order::kRows ? 1 : lda);
       b += INNER * ldb;
     }
   auto run = [&](auto tile_vectors) {
     constexpr int VECTORS = decltype(tile_vectors)::value;
     for (; columns >= VECTORS * kLanes; columns -= VECTORS * kLanes) {
-      gemm_panel<ORDER, UPDATE, VECTORS>(rows, inner, a, lda, b, ldb, c, ldc, beta);
+      gemm_panel<ORDER, UPDATE, VECTORS>(rows, inner, a, lda, b, ldb, c, ldc, beta, between);
       b += VECTORS == kTileVectors ? panel : VECTORS * kLanes;
       c += VECTORS * kLanes;
     }
   };
   run(std::integral_constant<int, kTileVectors>{});
-  if constexpr (kTileVectors > 2) run(std::integral_constant<int, 2>{});
+  if constexpr (kTileVectors > 2) {
+    run(std::integral_constant<int, 3>{});
+    run(std::integral_constant<int, 2>{});
+  }
   run(std::integral_constant<int, 1>{});
 }
 

@@ -89,7 +89,7 @@ class Weights {
       gemm<Order::kRows, Update::kAdd, kLongInner>(
           count, padded_columns, rows, z + block * rows, ldz, matrix,
           copies_ ? copied_stride() : row_stride_, products + block * padded_columns, width(),
-          nullptr, copies_ ? panel() : kTileColumns);
+          nullptr, Nothing{}, copies_ ? panel() : kTileColumns);
     }
   }
 

@@ -92,6 +92,8 @@ inline void write_row(char* target, ScalarType type, int64_t size, const float* 
 struct Block {
   const float* data;
   int64_t stride;
+
+  Block from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
 // `count` rows as floats with padded width: the tensor's own memory where it is already that.
@@ -103,6 +105,14 @@ inline Block read_rows(const Rows& rows, int64_t batch, int64_t head, int64_t fi
   for (int64_t i = 0; i < count; ++i)
     read_row(rows.at(batch, head, first + i), rows.type, size, scratch + i * width);
   return {scratch, width};
+}
+
+// The same for who reads along the rows, or each of them once: then their distance does not matter.
+inline Block view_rows(const Rows& rows, int64_t batch, int64_t head, int64_t first, int64_t count,
+                       int64_t size, float* scratch) {
+  if (rows.type == ScalarType::Float && size == padded(size))
+    return {rows.floats(batch, head, first), rows.row_stride};
+  return read_rows(rows, batch, head, first, count, size, scratch);
 }
 
 // target[d * ld + i] = factor * source[i * stride + d]; i is zero-filled up to padded(count).

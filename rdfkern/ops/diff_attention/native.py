@@ -45,11 +45,12 @@ def forward(
     alpha: Tensor,
     *,
     needs_grad: bool,
+    keeps_o2: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (out, lse, o2, o) as `op.empty_outputs` makes them."""
     out, lse, o2, o = op.empty_outputs(
-        q1, v, options["norm_eps"], options["cu_seqlens_q"], "cpu", needs_grad
+        q1, v, options["norm_eps"], options["cu_seqlens_q"], "cpu", needs_grad, keeps_o2
     )
     inputs = [unit_stride(x) for x in (q1, k1, q2, k2, v)]
     jit.load("cpu")
@@ -88,6 +89,9 @@ def backward(
         gradients.append(op.empty_like_rows(x, width, packed, dtype))
     dlam, dalpha = (x.new_empty(x.shape) for x in (lam, alpha))
     dnorm_weight = None if norm_weight is None else torch.empty_like(norm_weight, dtype=lam.dtype)
+    kept_o2, kept_o = filled(o2, o)
+    if kept_o is None and kept_o2 is not None:
+        kept_o = out
     jit.load("cpu")
     torch.ops.rdfkern._diff_attention_bwd_cpu(
         unit_stride(grad_out),
@@ -96,8 +100,8 @@ def backward(
         alpha,
         *native_options(**options),
         lse,
-        o2,
-        o if o.numel() else out,
+        kept_o2,
+        kept_o,
         chunks,
         *gradients,
         dlam,

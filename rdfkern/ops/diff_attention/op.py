@@ -20,6 +20,9 @@ from .formula import Coefficient, compute_dtype
 KERNELS = {"triton": ".triton", "cuda": ".cuda", "cpu": ".native"}
 # Kernels whose O is that of the first map, with a norm or without.
 MAP_ROWS = ("triton",)
+# How many keys the backward of a kernel takes at once. Of sequences that have no more it computes
+# both maps anew, by which it needs no o2.
+WHOLE_KEYS = {"cpu": 256}
 
 INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, Tensor alpha"
 OPTIONS = (
@@ -29,7 +32,7 @@ OPTIONS = (
 )
 torch.library.define(
     "rdfkern::diff_attn_fwd",
-    f"({INPUTS}, {OPTIONS}, *, bool needs_grad=True) -> "
+    f"({INPUTS}, {OPTIONS}, *, bool needs_grad=True, bool keeps_o2=True) -> "
     "(Tensor out, Tensor lse, Tensor o2, Tensor o)",
 )
 torch.library.define(
@@ -157,6 +160,9 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     needs_grad = torch.is_grad_enabled() and any(
         x.requires_grad for x in tensors if isinstance(x, Tensor)
     )
+    longest = tensors[1].shape[2] if tensors[13] is None else tensors[13]
+    # A number that is only known when an exported program runs decides nothing here.
+    keeps_o2 = type(longest) is not int or longest > WHOLE_KEYS.get(impl, 0)
     return _DiffAttention.apply(
         *tensors[:12],
         seed,
@@ -169,14 +175,17 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
         float(out_scale),
         impl,
         needs_grad,
+        keeps_o2,
     )
 
 
 class _DiffAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *arguments, needs_grad = arguments
-        out, lse, o2, o = torch.ops.rdfkern.diff_attn_fwd(*arguments, needs_grad=needs_grad)
+        *arguments, needs_grad, keeps_o2 = arguments
+        out, lse, o2, o = torch.ops.rdfkern.diff_attn_fwd(
+            *arguments, needs_grad=needs_grad, keeps_o2=keeps_o2
+        )
         tensors, ctx.options = arguments[:13], arguments[13:]
         ctx.save_for_backward(*tensors, out, lse, o2, o)
         ctx.mark_non_differentiable(lse)
@@ -187,7 +196,7 @@ class _DiffAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
         if grad_out is None:
-            return (None,) * 23
+            return (None,) * 24
         inputs, masks, saved = (
             ctx.saved_tensors[:7],
             ctx.saved_tensors[7:13],
@@ -209,18 +218,24 @@ class _DiffAttention(torch.autograd.Function):
             None,
             None,
             None if norm_weight is None else dnorm_weight,
-            *(None,) * 13,
+            *(None,) * 14,
         )
 
 
 @torch.library.impl("rdfkern::diff_attn_fwd", ("cpu", "cuda"))
-def _forward(*arguments: Any, needs_grad: bool = True) -> tuple[Tensor, ...]:
+def _forward(
+    *arguments: Any, needs_grad: bool = True, keeps_o2: bool = True
+) -> tuple[Tensor, ...]:
     inputs, rest = arguments[:7], arguments[7:]
     q1, v = inputs[0], inputs[4]
     if q1.numel() == 0 or v.numel() == 0:
-        out, lse, o2, o = _fake_forward(*arguments, needs_grad=needs_grad)
+        out, lse, o2, o = _fake_forward(
+            *arguments, needs_grad=needs_grad, keeps_o2=keeps_o2
+        )
         return out.zero_(), lse.fill_(float("-inf")), o2.zero_(), o.zero_()
     kernels, options = _chosen(rest)
+    if not keeps_o2:
+        options["keeps_o2"] = False
     return kernels.forward(*inputs, **options, needs_grad=needs_grad)
 
 
@@ -244,10 +259,11 @@ def _fake_forward(
     v: Tensor,
     *arguments: Any,
     needs_grad: bool = True,
+    keeps_o2: bool = True,
 ):
     options = _options(arguments[2:])
     names = ("norm_eps", "cu_seqlens_q", "impl")
-    return empty_outputs(q1, v, *(options[name] for name in names), needs_grad)
+    return empty_outputs(q1, v, *(options[name] for name in names), needs_grad, keeps_o2)
 
 
 @torch.library.register_fake("rdfkern::diff_attn_bwd")
@@ -276,8 +292,11 @@ def empty_outputs(
     cu_seqlens_q: Tensor | None,
     impl: str,
     needs_grad: bool,
+    keeps_o2: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for (out, lse, o2, o); o2 and o are empty where no gradient is needed.
+
+    Without keeps_o2 (see WHOLE_KEYS), o2 is always empty, and so is o but for a norm.
 
     They are wide: rounded to half, they would leave dlam, dalpha and dnorm_weight, which are wide
     themselves, with errors of half. o, the rows before the norm, is empty too where out is the
@@ -289,9 +308,12 @@ def empty_outputs(
     nothing = v.new_empty(0, dtype=wide)
     if not needs_grad:
         return out, lse, nothing, torch.empty_like(nothing)
-    o2 = empty_like_rows(q1, width, packed, wide)
-    same = norm_eps is None and wide == v.dtype and impl not in MAP_ROWS
-    return out, lse, o2, nothing if same else torch.empty_like(o2)
+    same = norm_eps is None and (not keeps_o2 or wide == v.dtype) and impl not in MAP_ROWS
+    o2, o = (
+        empty_like_rows(q1, width, packed, wide) if kept else torch.empty_like(nothing)
+        for kept in (keeps_o2, not same)
+    )
+    return out, lse, o2, o
 
 
 def _empty_gradients(

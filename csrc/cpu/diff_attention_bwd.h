@@ -1,0 +1,77 @@
+// What the backward pass reads and writes, its tasks, and the rows that a task will need.
+#pragma once
+
+#include "diff_attention.h"
+#include "diff_attention_whole.h"
+
+namespace rdfkern {
+
+struct Saved {
+  Rows grad_out;
+  std::optional<Rows> o2, o;  // o2 only where a panel may see more than kWholeKeys; o for it or a norm
+  const float* lse;
+  int64_t lse_map_stride, lse_batch_stride, lse_head_stride;
+};
+
+struct Gradients {
+  Rows q[2], k[2], v;
+  float *lam, *alpha;  // (batch, head, row), contiguous
+  int64_t row_batch_stride, row_head_stride;
+  float* norm_weight;  // (value_dim) or null
+};
+
+struct BackwardTask {
+  int64_t sequence, kv_head, chunk;
+  int64_t cost;
+};
+
+// Where a gradient adds up.
+struct Sum {
+  float* data;
+  int64_t stride;
+
+  Sum from(int64_t row) const { return {data + row * stride, stride}; }
+  void clear(int64_t begin, int64_t end, int64_t width) const {
+    for (int64_t row = begin; row < end; ++row) fill_zeros(data + row * stride, width);
+  }
+};
+
+// The rows of a task's keys, of long sequences none: there, few of them are needed at a time.
+inline void foresee_keys(const Problem& problem, const BackwardTask& task, const Rows& k1,
+                         const Rows& k2, const Rows& v, Ahead& ahead) {
+  const Sequence& sequence = problem.sequences[task.sequence];
+  if (sequence.keys > kWholeKeys) return;
+  auto add = [&](const Rows& rows, int64_t size) {
+    ahead.add(rows, sequence.batch, task.kv_head, sequence.first_key, sequence.keys, size);
+  };
+  add(k1, problem.head_dim);
+  add(k2, problem.head_dim);
+  add(v, problem.value_dim);
+}
+
+// Those of the queries of its first head.
+inline void foresee_queries(const Problem& problem, const BackwardTask& task, const Rows& rows,
+                            int64_t size, Ahead& ahead) {
+  const Sequence& sequence = problem.sequences[task.sequence];
+  if (sequence.keys <= kWholeKeys)
+    ahead.add(rows, sequence.batch, task.kv_head * (problem.heads / problem.kv_heads),
+              sequence.first_query, std::min(sequence.queries, 2 * kPanel), size);
+}
+
+inline void foresee_rows(const Problem& problem, const Saved& saved, const BackwardTask& task,
+                         Ahead& ahead) {
+  foresee_keys(problem, task, problem.k[0], problem.k[1], problem.v, ahead);
+  if (problem.has_norm()) foresee_queries(problem, task, *saved.o, problem.value_dim, ahead);
+  foresee_queries(problem, task, saved.grad_out, problem.value_dim, ahead);
+  for (const Rows& rows : problem.q)
+    foresee_queries(problem, task, rows, problem.head_dim, ahead);
+}
+
+inline void foresee_sums(const Problem& problem, const Gradients& gradients,
+                         const BackwardTask& task, Ahead& ahead) {
+  foresee_keys(problem, task, gradients.k[0], gradients.k[1], gradients.v, ahead);
+  for (const Rows& rows : gradients.q)
+    foresee_queries(problem, task, rows, problem.head_dim, ahead);
+}
+
+}  // namespace rdfkern
