@@ -223,15 +223,11 @@ class _DiffAttention(torch.autograd.Function):
 
 
 @torch.library.impl("rdfkern::diff_attn_fwd", ("cpu", "cuda"))
-def _forward(
-    *arguments: Any, needs_grad: bool = True, keeps_o2: bool = True
-) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any, needs_grad: bool = True, keeps_o2: bool = True) -> tuple[Tensor, ...]:
     inputs, rest = arguments[:7], arguments[7:]
     q1, v = inputs[0], inputs[4]
     if q1.numel() == 0 or v.numel() == 0:
-        out, lse, o2, o = _fake_forward(
-            *arguments, needs_grad=needs_grad, keeps_o2=keeps_o2
-        )
+        out, lse, o2, o = _fake_forward(*arguments, needs_grad=needs_grad, keeps_o2=keeps_o2)
         return out.zero_(), lse.fill_(float("-inf")), o2.zero_(), o.zero_()
     kernels, options = _chosen(rest)
     if not keeps_o2:
