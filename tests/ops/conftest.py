@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rdfkern
+from rdfkern import csrc
 
 
 def correct_bfloat16() -> None:
@@ -146,10 +147,13 @@ def tracing() -> None:
 @pytest.fixture
 def run_with_fault(tmp_path):
     """f(path, text, fault, file, tests): run tests of a file in the interpreter, on a copy of the
-    package in which `fault` stands for `text` in the module `path`."""
+    package in which `fault` stands for `text` in the module or C++ source (csrc/...) `path`."""
 
     def run(path, text, fault, file, tests):
         shutil.copytree(Path(rdfkern.__file__).parent, tmp_path / "rdfkern")
+        if not (tmp_path / "rdfkern" / "csrc").exists():
+            shutil.copytree(csrc.ROOT, tmp_path / "rdfkern" / "csrc")
+        native = {"RDFKERN_CACHE_DIR": str(tmp_path / "cache")} if path.startswith("csrc/") else {}
         source = tmp_path / "rdfkern" / path
         original = source.read_text()
         assert text in original, "the fault no longer applies"
@@ -162,6 +166,7 @@ def run_with_fault(tmp_path):
             + [str(Path(__file__).with_name(file))],
             env={
                 **os.environ,
+                **native,
                 "TRITON_INTERPRET": "1",
                 "PYTHONPATH": str(tmp_path),
                 "OMP_NUM_THREADS": "1",

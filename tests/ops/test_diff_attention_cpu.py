@@ -317,9 +317,12 @@ def test_the_lowest_number_of_a_mask_hides_like_infinity(dtype):
         torch.testing.assert_close(lowest, infinite, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
-def test_rows_for_backward_are_kept_only_where_it_may_follow(norm_eps):
-    tensors = [torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(5)]
+@pytest.mark.parametrize("keys", [256, 257])
+def test_rows_for_backward_are_kept_only_where_it_needs_them(keys, norm_eps, dtype):
+    inputs = inputs_of((1, 2, 2, 9, keys, 16, 16), dtype)[:5]
+    tensors = [x.requires_grad_() for x in inputs]
     kept = []
     forward = native.forward
 
@@ -334,7 +337,9 @@ def test_rows_for_backward_are_kept_only_where_it_may_follow(norm_eps):
         with torch.no_grad():
             plain = rdfkern.diff_attention(*tensors, 0.5, norm_eps=norm_eps, impl="cpu")
     assert torch.equal(needed, plain)
-    assert kept == [[288, 0 if norm_eps is None else 288], [0, 0]]
+    many = keys == 257
+    needs_o = norm_eps is not None or (many and dtype != torch.float32)
+    assert kept == [[288 if many else 0, 288 if needs_o else 0], [0, 0]]
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 2, 90, 70, 24, 40), (1, 1, 1, 600, 800, 16, 24)])
@@ -445,11 +450,12 @@ class TestRegisteredOperators:
         options = (None, None, weight, *lengths, None, *longest, -1, 0, 0.0, 0.2, 1e-5, 0.7, "cpu")
         return (*tensors, *rows, *options)
 
+    @pytest.mark.parametrize("keeps_o2", [False, True])
     @pytest.mark.parametrize("packed", [False, True])
-    def test_opcheck(self, packed):
-        arguments = self.arguments(packed)
-        torch.library.opcheck(torch.ops.rdfkern.diff_attn_fwd.default, arguments)
-        saved = torch.ops.rdfkern.diff_attn_fwd(*arguments)
+    def test_opcheck(self, packed, keeps_o2):
+        arguments, keeps = self.arguments(packed), {"keeps_o2": keeps_o2}
+        torch.library.opcheck(torch.ops.rdfkern.diff_attn_fwd.default, arguments, keeps)
+        saved = torch.ops.rdfkern.diff_attn_fwd(*arguments, **keeps)
         grad = torch.ones_like(saved[0])
         torch.library.opcheck(
             torch.ops.rdfkern.diff_attn_bwd.default,
@@ -499,10 +505,11 @@ class TestRegisteredOperators:
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
 
-    def test_saved_rows_have_the_shapes_of_the_fake(self):
+    @pytest.mark.parametrize("keeps_o2", [False, True])
+    def test_saved_rows_have_the_shapes_of_the_fake(self, keeps_o2):
         arguments = self.arguments()
-        real = torch.ops.rdfkern.diff_attn_fwd(*arguments)
-        fake = op._fake_forward(*arguments)
+        real = torch.ops.rdfkern.diff_attn_fwd(*arguments, keeps_o2=keeps_o2)
+        fake = op._fake_forward(*arguments, keeps_o2=keeps_o2)
         assert [(x.shape, x.dtype, x.stride()) for x in real] == [
             (x.shape, x.dtype, x.stride()) for x in fake
         ]
