@@ -75,7 +75,8 @@ class Backward {
     const int64_t key_begin = chunk_begin(sequence.keys, task.chunk, chunks_);
     const int64_t key_end = chunk_begin(sequence.keys, task.chunk + 1, chunks_);
     const int64_t keys = key_end - key_begin;
-    Scratch scratch(PanelRows::floats(problem_) + 2 * kPanel * head_width +
+    constexpr int64_t kRounding = 128;  // what take() adds where vectors are narrow
+    Scratch scratch(PanelRows::floats(problem_) + 2 * kPanel * head_width + kRounding +
                     kWholeKeys * (2 * head_width + value_width) + 5 * kWholeKeys * kPanelStride +
                     longest_ * ((in_place_k ? 0 : 2 * head_width) + (in_place_v ? 0 : value_width)));
     PanelRows rows(problem_, saved_, scratch);
