@@ -19,7 +19,7 @@ from torch import Tensor
 COUNTER = "torch.utils.flop_counter"
 
 
-def forward_flops(*arguments: Any, out_val: Any = None) -> int:
+def forward_flops(*arguments: Any, out_val: Any = None, **what_is_kept: bool) -> int:
     """Of `rdfkern::diff_attn_fwd`: two maps of D and their products with V of Dv."""
     named = _named(torch.ops.rdfkern.diff_attn_fwd, arguments)
     dim, value_dim = named["q1"].shape[-1], named["v"].shape[-1]
