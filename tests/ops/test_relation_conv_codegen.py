@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rdfkern.ops.relation_mp import conv_triton_launch
+from rdfkern.ops.relation_mp import conv_triton_launch, conv_triton_max_launch
 from rdfkern.ops.relation_mp.bands import Bands
 from rdfkern.ops.relation_mp.conv_triton_launch import BandRule, Edges
 
@@ -36,8 +36,14 @@ PRODUCTS = {
     "dx on edges": 1,
     "dweight on edges": 1,
     "dedge_weight": 1,
+    "maximum": 1,
+    "dweight of maxima": 1,
+    "maxima": 1,
+    "maximum on edges": 1,
+    "dweight of maxima on edges": 1,
+    "maxima on edges": 1,
 }
-KERNELS = (*PRODUCTS, "shares")
+KERNELS = (*PRODUCTS, "shares", "dx of maxima", "dx of maxima on edges")
 
 
 def meta(*shape, dtype=torch.int32):
@@ -56,7 +62,7 @@ def launch(
     keys=2,
     relations=8,
     blocks=1,
-    mean=True,
+    aggr="mean",
     positions=torch.int32,
     indices=torch.int32,
     window=20,
@@ -73,14 +79,17 @@ def launch(
         meta(dialogues * keys + 1, dtype=indices),
         meta(keys, keys, 3),
     )
-    rule = BandRule(graph, window, window, mean)
+    if "max" in kernel:
+        aggr = "max"
+        kernel = kernel.replace("maximum", "forward").replace("dweight of maxima", "dweight")
+    rule = BandRule(graph, window, window, aggr)
     lists = [meta(20 * rows, dtype=indices) for _ in range(4)]
-    edges = Edges(meta(rows + 1, dtype=indices), *lists, meta(20 * rows, dtype=dtype), mean)
+    edges = Edges(meta(rows + 1, dtype=indices), *lists, meta(20 * rows, dtype=dtype), aggr)
     new = conv_triton_launch
     if kernel == "forward":
         return new.bands_launch(rule, x, weight, addend, None, grad, transposed=False)
     if kernel == "dx":
-        shares = new.new_shares(rule, relations) if mean else None
+        shares = new.new_shares(rule, relations) if aggr == "mean" else None
         return new.bands_launch(rule, grad, swapped, None, shares, x, transposed=True)
     if kernel == "shares":
         return new.shares_launch(rule, new.new_shares(rule, relations), relations)
@@ -94,11 +103,24 @@ def launch(
     if kernel == "dweight on edges":
         parts = new.new_parts("edges_weight", weight, x, rows, rows)
         return new.edges_weight_launch(edges, x, grad, parts)
-    return new.edges_factor_launch(edges, x, weight, grad)[0]
+    if kernel == "dedge_weight":
+        return new.edges_factor_launch(edges, x, weight, grad)[0]
+    new, dx = conv_triton_max_launch, x.float()
+    kept = new.new_kept(weight, x, rows)
+    if kernel.endswith("on edges"):
+        products = new.new_products(weight, x, edges)
+        launches = new.edges_max_launches(edges, edges, x, weight, grad, kept, dx, products)
+    else:
+        launches = new.bands_max_launches(rule, x, weight, grad, kept, dx)
+    targets, sources = next(launches), next(launches)
+    return sources if kernel.startswith("dx") else targets
 
 
 def mark(architecture, width, kernel):
-    quick = (kernel, width) == ("forward", 128) or (architecture, width) == ("sm_90", 512)
+    quick = (kernel, width) in (("forward", 128), ("maxima", 128)) or (architecture, width) == (
+        "sm_90",
+        512,
+    )
     return pytest.param(architecture, width, kernel, marks=() if quick else pytest.mark.slow)
 
 
@@ -122,7 +144,7 @@ FEATURES = {
     "short dialogues": {"length": 30, "keys": 9, "relations": 162},
     "one long dialogue": {"dialogues": 1, "length": 20_000, "window": -1, "relations": 5},
     "300 speakers": {"keys": 300, "relations": 5},
-    "sums": {"mean": False},
+    "sums": {"aggr": "sum"},
     "large positions": {"positions": torch.int64, "window": 2**40},
     "64-bit indices": {"indices": torch.int64},
     "blocks": {"width": 17, "width_out": 33, "blocks": 3},

@@ -10,7 +10,10 @@ FOLDER = "ops/relation_mp/"
 TILES = FOLDER + "conv_triton_tiles.py"
 BANDS = FOLDER + "conv_triton_bands.py"
 BANDS_WEIGHT = FOLDER + "conv_triton_bands_weight.py"
+BANDS_MAX = FOLDER + "conv_triton_bands_max.py"
 EDGES = FOLDER + "conv_triton_edges.py"
+EDGES_MAX = FOLDER + "conv_triton_edges_max.py"
+MAX_LAUNCH = FOLDER + "conv_triton_max_launch.py"
 EDGES_WEIGHT = FOLDER + "conv_triton_edges_weight.py"
 LAUNCH = FOLDER + "conv_triton_launch.py"
 KERNELS = FOLDER + "conv_triton.py"
@@ -148,6 +151,108 @@ MUTANTS = {
         "parts = blocks * triton.cdiv(width_out, tiles.block_e)\n",
         "parts = blocks * (width_out // tiles.block_e)\n",
         "lists and weighted",
+    ),
+    "maxima are at least 0": (
+        BANDS,
+        'float("-inf") if MAX else 0.0',
+        "0.0",
+        "maxima and utterance",
+    ),
+    "maxima of the last neighbour": (
+        TILES,
+        "tl.where(heard, larger(highest, features), highest)",
+        "tl.where(heard, features, highest)",
+        "ties and rule",
+    ),
+    "what is not a number loses": (
+        TILES,
+        "tl.PropagateNan.ALL",
+        "tl.PropagateNan.NONE",
+        "finite and rule",
+    ),
+    "rows that hear nothing keep their start": (
+        BANDS,
+        "sums = tl.where(counts[:, None] > 0, sums, 0.0)",
+        "sums = tl.where(counts[:, None] >= 0, sums, 0.0)",
+        "maxima and utterance",
+    ),
+    "dweight of what rows behind the last one hear": (
+        BANDS_WEIGHT,
+        "tl.where((owned & (counts > 0))[:, None], sums, 0.0)",
+        "tl.where((counts > 0)[:, None], sums, 0.0)",
+        "finite and rule",
+    ),
+    "ties do not share": (
+        BANDS_MAX,
+        "gradients / ties",
+        "gradients",
+        "ties and rule",
+    ),
+    "every neighbour attains the maximum": (
+        BANDS_MAX,
+        "tl.where(features == highest, 1.0, 0.0) * share",
+        "share",
+        "ties and rule",
+    ),
+    "nothing that is not a number comes back": (
+        BANDS_MAX,
+        "tl.where(features == highest, 1.0, 0.0) * share",
+        "tl.where(features == highest, share, 0.0)",
+        "finite and rule",
+    ),
+    "later relations overwrite": (
+        BANDS_MAX,
+        "if first > 0:",
+        "if first < 0:",
+        "ties and rule",
+    ),
+    "relations of another part": (
+        BANDS_MAX,
+        "(code // PAIRS - first) * total",
+        "(code // PAIRS) * total",
+        "ties and rule",
+    ),
+    "all targets' gradients come back": (
+        BANDS_MAX,
+        "sums += tl.where(heard[:, None], passed, 0.0)",
+        "sums += passed",
+        "ties and rule",
+    ),
+    "the last relation of a part is missing": (
+        MAX_LAUNCH,
+        "min(first + together, relations) - 1",
+        "max(min(first + together, relations) - 2, first)",
+        "ties and rule",
+    ),
+    "edges that tie do not share": (
+        EDGES_MAX,
+        "gradients / ties",
+        "gradients",
+        "ties and list",
+    ),
+    "dx of maxima without edge weights": (
+        EDGES_MAX,
+        "tl.where(active[:, None], passed * factor, 0.0)",
+        "tl.where(active[:, None], passed, 0.0)",
+        "ties and list",
+    ),
+    "maxima without edge weights": (
+        EDGES,
+        "larger(sums, features * factor[:, None])",
+        "larger(sums, features)",
+        "ties and list",
+    ),
+    "later edges of a kind do not count": (
+        EDGES_MAX,
+        "active = active & (at < moved)",
+        "active = active & (at < at)",
+        "ties and list",
+    ),
+    "edge weights' gradient of the first columns": (
+        MAX_LAUNCH,
+        "parts = triton.cdiv(x.shape[1], tiles.block_c)",
+        "parts = 1",
+        "maxima and weighted",
     ),
 }
 

@@ -163,7 +163,12 @@ def plain_conv(inputs, graph, aggr, _):
         message = x[source[edges]]
         if "edge_weight" in inputs:
             message = message * inputs["edge_weight"][edges, None]
-        heard = x.new_zeros(graph.num_dst, x.shape[1]).index_add(0, target[edges], message)
+        heard = x.new_zeros(graph.num_dst, x.shape[1])
+        if aggr == "max":
+            into = target[edges, None].expand_as(message)
+            heard = heard.scatter_reduce(0, into, message, "amax", include_self=False)
+        else:
+            heard = heard.index_add(0, target[edges], message)
         if aggr == "mean":
             counts = torch.bincount(target[edges], minlength=graph.num_dst).clamp(min=1)
             heard = heard / counts[:, None].to(x.dtype)
@@ -178,7 +183,9 @@ def run(function, inputs, grad, graph, aggr, impl=None, dtype=None):
     device = DEVICE if impl == "triton" else "cpu"
     leaves = {n: x.detach().to(device, dtype).requires_grad_() for n, x in inputs.items()}
     out = function(leaves, graph.to(device), aggr, impl)
-    gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(device, dtype))
+    grad = grad.to(device, dtype)
+    # Without edges the reference's maximum has no use for its inputs.
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad, materialize_grads=True)
     results = {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
     return {name: x.cpu() for name, x in results.items()}
 
@@ -249,6 +256,29 @@ LISTS = {
     ),
     "basis": ((18, 12, 5, 50), {"form": "basis", "weighted": True}),
 }
+# The interpreter takes the neighbours of a maximum one by one.
+MAXIMA = {
+    "window": (RelationSpec.dialoguegcn(2, 3, 2), (18, 1, 0, 4), {"width_in": 19}),
+    "strided": (RelationSpec.speaker_direction(1, 1, 9), (18, 3), {"strided": True}),
+    "complete": (RelationSpec.speaker_direction(2, None, None), (17, 2), {"width_out": 33}),
+    "one utterance": RULES["one utterance"],
+    "relations without edges": (RelationSpec(2, None, SHARED, 9), (9,), {"rooted": True}),
+    "float16": (RelationSpec.speaker_direction(2, 4, 30), (12,), {"dtype": FP16}),
+    "bfloat16": (RelationSpec.dialoguegcn(1, 7, 2), (11,), {"dtype": BF16, "rooted": True}),
+    "basis": (RelationSpec.dialoguegcn(1, 3, 3), (9, 2), {"form": "basis", "dtype": BF16}),
+    "blocks": (RelationSpec(3, 0, SHARED), (12,), {**RULES["blocks"][2], "width_in": 51}),
+    "list": ((23, 23, 4, 60), {"width_in": 19}),
+    "list, bipartite": LISTS["bipartite"],
+    "list, weighted": ((13, 19, 4, 70), {"weighted": True, "width_in": 37}),
+    "list, many of a kind": LISTS["many of a kind"],
+    "list, no edges": LISTS["no edges"],
+    "list, isolated nodes": LISTS["isolated nodes"],
+    "list, bfloat16": LISTS["bfloat16"],
+    "list, weighted blocks": LISTS["weighted blocks"],
+    "list, basis": LISTS["basis"],
+}
+QUICK_MAXIMA = ("one utterance", "relations without edges", "bfloat16", "list, weighted")
+QUICK_MAXIMA += ("list, bipartite", "list, no edges", "list, weighted blocks")
 TILES = ((16, 32), (32, 16))
 
 
@@ -276,6 +306,66 @@ def test_lists_of_edges(case, monkeypatch):
     check(*problem(random_edges(*sizes), **options))
 
 
+def maxima(case):
+    """The problem of a case, by maximum."""
+    *graph, options = MAXIMA[case]
+    graph = random_edges(*graph[0]) if case.startswith("list") else random_rule(*graph)
+    return problem(graph, **{**options, "aggr": "max"})
+
+
+@kernels_run
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK_MAXIMA else pytest.param(c, marks=pytest.mark.slow) for c in MAXIMA]
+)
+def test_maxima(case, monkeypatch):
+    set_tiles(monkeypatch, *TILES[list(MAXIMA).index(case) % 2], block_c=16)
+    check(*maxima(case))
+
+
+def tied(graph, **options):
+    """Features and edge weights of few values, all exact: the maxima are attained many times."""
+    inputs, *rest = problem(graph, 10, 6, aggr="max", **options)
+    inputs["x"] = inputs["x"].round().clamp(-1, 1)
+    if "edge_weight" in inputs:
+        inputs["edge_weight"] = 2.0 ** inputs["edge_weight"].round()
+    return inputs, *rest
+
+
+TIED = {
+    "rule": lambda: random_rule(RelationSpec(4, 3, SHARED), (13,), positions=torch.int64),
+    "list": lambda: random_edges(13, 9, 3, 60),
+}
+
+
+@kernels_run
+@pytest.mark.parametrize("kind", TIED)
+def test_what_ties_shares_the_gradient_of_the_maximum(kind, monkeypatch):
+    set_tiles(monkeypatch, 16, 16)
+    described = tied(TIED[kind](), weighted=kind == "list")
+    check(*described)
+    expected = run_kernels(*described)
+    of_one = 8 * described[2].num_dst * 10
+    for relations in (1, 2):
+        monkeypatch.setattr(conv_config, "MAX_KEPT_BYTES", relations * of_one)
+        for name, value in run_kernels(*described).items():
+            assert torch.equal(value, expected[name]), name
+
+
+@kernels_run
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", TIED)
+def test_maxima_that_are_not_finite(kind, value, monkeypatch):
+    set_tiles(monkeypatch, 16, 16)
+    inputs, *rest = tied(TIED[kind](), weighted=kind == "list")
+    inputs["x"][[2, 5], 1] = value
+    actual = run_kernels(inputs, *rest)
+    expected = run(conv, inputs, *rest, impl="reference")
+    assert value == -float("inf") or not expected["weight"].isfinite().all()
+    for name, result in expected.items():
+        options = {"rtol": 1e-4, "atol": 1e-4, "equal_nan": True, "msg": name}
+        torch.testing.assert_close(actual[name], result, **options)
+
+
 @kernels_run
 def test_positions_far_apart(monkeypatch):
     set_tiles(monkeypatch, 16, 16)
@@ -292,7 +382,9 @@ def test_64_bit_indices(monkeypatch):
     graph = random_rule(RelationSpec.dialoguegcn(2, 5, 4), (25, 2))
     assert bands.layout(graph).tensors[0].dtype == torch.int64
     check(*problem(graph))
+    check(*problem(graph, 5, 6, aggr="max"))
     check(*problem(random_edges(9, 8, 3, 50), weighted=True))
+    check(*problem(random_edges(9, 8, 3, 50), 5, 6, weighted=True, aggr="max"))
 
 
 @kernels_run
@@ -326,8 +418,10 @@ def test_a_thousand_relations(monkeypatch):
 @kernels_run
 def test_splits_of_the_rows(monkeypatch):
     set_tiles(monkeypatch, 16, 16, splits=3)
-    check(*problem(random_rule(RelationSpec.speaker_direction(2, 4, 3), (33, 4)), 6, 7))
-    check(*problem(random_edges(9, 37, 2, 90), 6, 7))
+    for aggr in ("mean", "max"):
+        rule = random_rule(RelationSpec.speaker_direction(2, 4, 3), (33, 4))
+        check(*problem(rule, 6, 7, aggr=aggr))
+        check(*problem(random_edges(9, 37, 2, 90), 6, 7, aggr=aggr))
 
 
 @st.composite
@@ -359,7 +453,7 @@ def problems(draw):
         graph,
         one_of(3, 6, 18, 33),
         one_of(3, 9, 33),
-        aggr=one_of("sum", "mean"),
+        aggr=one_of("sum", "mean", "max"),
         dtype=one_of(torch.float32, BF16, FP16),
         # Gradients of a basis are torch's own sums of dweight, which may cancel: RULES has them.
         form=one_of("full", "blocks"),
@@ -392,10 +486,11 @@ def test_many_problems(described, tiles):
 
 
 @kernels_run
-def test_only_the_gradients_asked_for(monkeypatch):
+@pytest.mark.parametrize("aggr", ["mean", "max"])
+def test_only_the_gradients_asked_for(aggr, monkeypatch):
     set_tiles(monkeypatch, 16, 16)
     graph = random_edges(9, 8, 3, 50).to(DEVICE)
-    inputs, grad, _, aggr = problem(graph.to("cpu"), 6, 7, weighted=True)
+    inputs, grad, *_ = problem(graph.to("cpu"), 6, 7, weighted=True)
     inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
     grad = grad.to(DEVICE)
     whole = {name: x.clone().requires_grad_() for name, x in inputs.items()}
@@ -420,13 +515,14 @@ class NoValueIsRead(TorchDispatchMode):
 
 
 @kernels_run
-def test_no_value_is_read_on_the_host(monkeypatch):
+@pytest.mark.parametrize("aggr", ["mean", "max"])
+def test_no_value_is_read_on_the_host(aggr, monkeypatch):
     set_tiles(monkeypatch, 16, 16)
     graph = random_rule(RelationSpec(5, None, SHARED), (9, 4)).to(DEVICE)
     inputs, grad, *_ = problem(graph.to("cpu"), 6, 7)
     leaves = [x.to(DEVICE).requires_grad_() for x in inputs.values()]
     with NoValueIsRead():
-        out = relation_conv(*leaves, graph, impl="triton")
+        out = relation_conv(*leaves, graph, aggr=aggr, impl="triton")
         torch.autograd.grad(out, leaves, grad.to(DEVICE))
     with pytest.raises(AssertionError, match="the host reads"), NoValueIsRead():
         out.sum().item()
@@ -455,8 +551,9 @@ def test_one_node_in_compiled_and_exported_programs():
 
 @kernels_run
 @pytest.mark.usefixtures("tracing")
+@pytest.mark.parametrize("aggr", ["mean", "max"])
 @pytest.mark.parametrize("implicit", [False, True])
-def test_opcheck(implicit, monkeypatch):
+def test_opcheck(implicit, aggr, monkeypatch):
     set_tiles(monkeypatch, 16, 16)
     graph = random_edges(3, 3, 1, 5)
     if implicit:
@@ -467,7 +564,7 @@ def test_opcheck(implicit, monkeypatch):
         None if tensor is None else tensor.to(DEVICE)
         for tensor in (inputs["x"], inputs["weight"], inputs.get("edge_weight"), grad)
     )
-    rest = (list(tensors), past, future, "mean")
+    rest = (list(tensors), past, future, aggr)
     forward, backward = torch.ops.rdfkern.relation_conv_fwd, torch.ops.rdfkern.relation_conv_bwd
     arguments = (x, weight, None, None, factor, *rest, graph.num_dst, "triton")
     torch.library.opcheck(forward.default, arguments)
@@ -510,11 +607,18 @@ def test_default_tiles_on_lists(case, dtype):
 
 
 @on_a_gpu
+@pytest.mark.parametrize("case", MAXIMA)
+def test_default_tiles_on_maxima(case):
+    check(*maxima(case))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("aggr", ["mean", "max"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("case", SIZES)
-def test_real_sizes(case, dtype):
+def test_real_sizes(case, dtype, aggr):
     spec, lengths, width = SIZES[case]
-    check(*problem(random_rule(spec, lengths), width, width, dtype=dtype))
+    check(*problem(random_rule(spec, lengths), width, width, dtype=dtype, aggr=aggr))
 
 
 @on_a_gpu
@@ -523,11 +627,12 @@ def test_large_lists_of_edges():
 
 
 @on_a_gpu
+@pytest.mark.parametrize("aggr", ["mean", "max"])
 @pytest.mark.parametrize("implicit", [False, True])
-def test_the_same_bits_over_100_repeats(implicit):
+def test_the_same_bits_over_100_repeats(implicit, aggr):
     spec, lengths, width = SIZES["meld"]
     graph = random_rule(spec, lengths) if implicit else random_edges(900, 900, 20, 20_000)
-    described = problem(graph, width, width, dtype=BF16, weighted=not implicit)
+    described = problem(graph, width, width, dtype=BF16, weighted=not implicit, aggr=aggr)
     first = run_kernels(*described)
     for _ in range(100):
         for name, value in run_kernels(*described).items():
@@ -535,7 +640,8 @@ def test_the_same_bits_over_100_repeats(implicit):
 
 
 @on_a_gpu
-def test_cuda_graph():
+@pytest.mark.parametrize("aggr", ["mean", "max"])
+def test_cuda_graph(aggr):
     spec, lengths, width = SIZES["iemocap"]
     graph = random_rule(spec, lengths).to(DEVICE)
     inputs, grad, *_ = problem(graph.to("cpu"), width, width, dtype=BF16)
@@ -543,7 +649,7 @@ def test_cuda_graph():
     grad = grad.to(DEVICE)
 
     def step():
-        out = relation_conv(*leaves, graph, impl="triton")
+        out = relation_conv(*leaves, graph, aggr=aggr, impl="triton")
         return out, *torch.autograd.grad(out, leaves, grad)
 
     side = torch.cuda.Stream()
@@ -562,16 +668,18 @@ def test_cuda_graph():
 
 
 @on_a_gpu
-def test_no_synchronisation_on_a_gpu():
+@pytest.mark.parametrize("aggr", ["mean", "max"])
+def test_no_synchronisation_on_a_gpu(aggr):
     spec, lengths, width = SIZES["meld"]
     graph = random_rule(spec, lengths).to(DEVICE)
     inputs, grad, *_ = problem(graph.to("cpu"), width, width)
     leaves = [x.to(DEVICE).requires_grad_() for x in inputs.values()]
     grad = grad.to(DEVICE)
-    relation_conv(*leaves, graph, impl="triton")
+    relation_conv(*leaves, graph, aggr=aggr, impl="triton")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.autograd.grad(relation_conv(*leaves, graph, impl="triton"), leaves, grad)
+        out = relation_conv(*leaves, graph, aggr=aggr, impl="triton")
+        torch.autograd.grad(out, leaves, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -609,13 +717,12 @@ def test_reasons_to_refuse():
 def test_reasons_that_the_arguments_give():
     graph = random_edges(4, 4, 2, 6).to(DEVICE)
 
-    def reason(graph=graph, dtype=torch.float32, aggr="mean"):
+    def reason(graph=graph, dtype=torch.float32):
         x = torch.zeros(graph.num_src, 3, dtype=dtype, device=DEVICE)
-        return conv_config.can_run({"x_src": x, "graph": graph, "aggr": aggr})
+        return conv_config.can_run({"x_src": x, "graph": graph})
 
     assert reason() is None
     assert "torch.float64" in reason(dtype=torch.float64)
-    assert reason(aggr="max") == "aggregates by sum and mean, not by max"
     table = torch.zeros(1366, 1366, 3, dtype=torch.int64)
     many = RelationSpec(1, 1, table).bind(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]))
     assert reason(many.to(DEVICE)) == "takes up to 1365 keys, got 1366"

@@ -16,9 +16,13 @@ from ..._backends.triton_device import device_reason
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Every program holds what its key may hear, 3 entries for each key, in registers.
 MAX_KEYS = 1365
-KERNELS = ("bands", "bands_weight", "edges", "edges_weight", "edges_factor")
+KERNELS = ("bands", "bands_largest", "bands_weight", "bands_max")
+KERNELS += ("edges", "edges_weight", "edges_factor", "edges_max")
 # Parts of a weight's gradient that splits of the rows leave behind may take so many bytes.
 MAX_SPLIT_BYTES = 64 << 20
+# What gradients keep of the maxima of some relations at a time may take so many bytes, unless one
+# relation takes more.
+MAX_KEPT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ DEFAULTS = {
         "gfx": Tiles(32, 0, 64, 128, 4, 1),
     },
 }
+# Gradients of maxima: three tiles of float32, the maxima, who attains them, and their gradient.
+MAXIMA = Tiles(64, 16, 64, 64, 8, 1)
 # Without tensor cores, float32 products keep both operands of a tile in registers.
 FLOAT32 = Tiles(32, 32, 32, 64, 4, 1)
 
@@ -74,8 +80,6 @@ def can_run(arguments: Arguments | None) -> str | None:
         return reason
     if x.dtype not in DTYPES:
         return f"computes in float32, inputs are {x.dtype}"
-    if arguments["aggr"] == "max":
-        return "aggregates by sum and mean, not by max"
     if graph.is_implicit and graph.spec.num_keys > MAX_KEYS:
         return f"takes up to {MAX_KEYS} keys, got {graph.spec.num_keys}"
     return None
@@ -99,6 +103,10 @@ def tiles(
         architecture: such as sm_90 or gfx942.
     """
     chosen = DEFAULTS[kernel.split("_")[0]][_generation(architecture)]
+    if kernel.endswith("largest"):
+        chosen = replace(chosen, block_c=32, num_warps=8)
+    elif kernel.endswith("max"):
+        chosen = MAXIMA
     if dtype == torch.float32:
         chosen = FLOAT32
     together = power_of_two(round(rows_per_group))
@@ -110,8 +118,9 @@ def tiles(
         block_e=min(chosen.block_e, power_of_two(width_out)),
     )
     sums = chosen.block_c if kernel.endswith("weight") else chosen.block_m
+    tiles_of_sums = 3 if kernel.endswith("max") else 1
     # A warp for 1024 numbers of what the program adds up.
-    warps = max(4, sums * chosen.block_e // 1024)
+    warps = max(4, tiles_of_sums * sums * chosen.block_e // 1024)
     return replace(chosen, num_warps=min(chosen.num_warps, warps))
 
 

@@ -3,7 +3,7 @@
 Neighbours are summed by tensor cores, as products with 0/1 bands made in registers, and what a
 relation's sum makes of its weight follows at once: it never leaves the program. Seen from the
 sources, with W_r transposed and the gradient's rows weighted by their shares, the same kernel
-computes dx.
+computes dx. A maximum goes through the neighbours of a tile one by one.
 
 A band multiplies by 0 what stands near the rows that are heard without being heard itself. Where
 that is not finite, it makes NaN of sums it has no part in, always within its own dialogue.
@@ -19,6 +19,7 @@ from .conv_triton_tiles import (
     band_limits,
     heard_pairs,
     in_band,
+    max_band,
     next_code,
     pair_rows,
     share_slot,
@@ -55,6 +56,7 @@ def relation_bands_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MEAN: tl.constexpr,
+    MAX: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BY_RELATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,7 +87,7 @@ def relation_bands_kernel(
         relation_end = (relation + 1) * PAIRS
         for start_c in tl.range(0, C, BLOCK_C, num_stages=1):
             columns = start_c + tl.arange(0, BLOCK_C)
-            sums = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+            sums = tl.full([BLOCK_M, BLOCK_C], float("-inf") if MAX else 0.0, tl.float32)
             counts = tl.zeros([BLOCK_M], tl.int32)
             pair_code = code
             while pair_code < relation_end:
@@ -96,14 +98,22 @@ def relation_bands_kernel(
                 if share_ptr is not None:
                     slot = share_slot(table_ptr, pair // 3, relation, KEYS, PAIRS, BY_RELATION)
                     shares = share_ptr + slot * total
-                sums, counts = add_band(
-                    sums, counts, features_ptr, feature_strides, shares, order_ptr, position_ptr,
-                    positions, begin, end, low, high, columns, C, zero,
-                    MEAN and not TRANSPOSED, BLOCK_N, PRECISION,
-                )  # fmt: skip
+                if MAX:
+                    sums, counts = max_band(
+                        sums, counts, features_ptr, feature_strides, order_ptr, position_ptr,
+                        positions, begin, end, low, high, columns, C,
+                    )  # fmt: skip
+                else:
+                    sums, counts = add_band(
+                        sums, counts, features_ptr, feature_strides, shares, order_ptr,
+                        position_ptr, positions, begin, end, low, high, columns, C, zero,
+                        MEAN and not TRANSPOSED, BLOCK_N, PRECISION,
+                    )  # fmt: skip
                 pair_code = next_code(codes, pair_code + 1)
             if MEAN and not TRANSPOSED:
                 sums = sums / tl.maximum(counts, 1)[:, None]
+            if MAX:
+                sums = tl.where(counts[:, None] > 0, sums, 0.0)
             places = columns[:, None] * weight_strides[2] + columns_e[None, :] * weight_strides[3]
             weight = tl.load(
                 weight_ptr + relation * weight_strides[0] + places,

@@ -12,6 +12,7 @@ from .conv_triton_tiles import (
     add_product,
     band_limits,
     heard_pairs,
+    max_band,
     next_code,
     pair_rows,
 )
@@ -53,6 +54,7 @@ def relation_bands_weight_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MEAN: tl.constexpr,
+    MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     relation = tl.program_id(0)
@@ -87,19 +89,28 @@ def relation_bands_weight_kernel(
             relation_end = (relation.to(tl.int64) + 1) * PAIRS
             code = next_code(codes, relation_end - PAIRS)
             if code < relation_end:
-                sums = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+                sums = tl.full([BLOCK_M, BLOCK_C], float("-inf") if MAX else 0.0, tl.float32)
                 counts = tl.zeros([BLOCK_M], tl.int32)
                 while code < relation_end:
                     begin, end = pair_rows(codes, code, begins, ends)
                     low, high = band_limits(code % PAIRS % 3, past, future, False)
-                    sums, counts = add_band(
-                        sums, counts, features_ptr, feature_strides, None, order_ptr,
-                        position_ptr, positions, begin, end, low, high, columns, C, zero,
-                        MEAN, BLOCK_N, PRECISION,
-                    )  # fmt: skip
+                    if MAX:
+                        sums, counts = max_band(
+                            sums, counts, features_ptr, feature_strides, order_ptr, position_ptr,
+                            positions, begin, end, low, high, columns, C,
+                        )  # fmt: skip
+                    else:
+                        sums, counts = add_band(
+                            sums, counts, features_ptr, feature_strides, None, order_ptr,
+                            position_ptr, positions, begin, end, low, high, columns, C, zero,
+                            MEAN, BLOCK_N, PRECISION,
+                        )  # fmt: skip
                     code = next_code(codes, code + 1)
                 if MEAN:
                     sums = sums / tl.maximum(counts, 1)[:, None]
+                if MAX:
+                    # Rows behind the last one meet zeros, which don't hide what is not finite.
+                    sums = tl.where((owned & (counts > 0))[:, None], sums, 0.0)
                 node = tl.load(order_ptr + rows, mask=owned, other=0).to(tl.int64)
                 places = node[:, None] * grad_strides[0] + columns_e[None, :] * grad_strides[1]
                 seen = owned[:, None] & (columns_e[None, :] < E)

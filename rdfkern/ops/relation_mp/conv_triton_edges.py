@@ -1,4 +1,4 @@
-"""out_i = addend_i + sum over edges e = (j -> i) of r of (f_e x_j) · W_r, on lists of edges.
+"""out_i = addend_i + sum over r of (AGG over edges e = (j -> i) of r of f_e x_j) · W_r, on lists.
 
 Edges of a row are ordered by relation. The rows of a tile go through them side by side, relation
 after relation; what a relation's sum makes of its weight follows at once. f_e is the weight of the
@@ -9,7 +9,7 @@ transposed, the same kernel computes dx.
 import triton
 import triton.language as tl
 
-from .conv_triton_tiles import add_product
+from .conv_triton_tiles import add_product, larger
 
 NO_RELATION = tl.constexpr(1 << 62)
 
@@ -34,6 +34,23 @@ def edge_factors(factor_ptr, edge_ptr, count_ptr, at, active, MEAN: tl.constexpr
 
 
 @triton.jit
+def edge_features(
+    at,
+    active,
+    features_ptr,
+    feature_strides,
+    other_ptr,
+    columns,
+    column_end,
+):
+    """Features of the other end of one edge of each row, float32, 0 where there is none."""
+    other = tl.load(other_ptr + at, mask=active, other=0).to(tl.int64)
+    places = other[:, None] * feature_strides[0] + columns[None, :] * feature_strides[1]
+    seen = active[:, None] & (columns[None, :] < column_end)
+    return tl.load(features_ptr + places, mask=seen, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def add_edges(
     sums,
     at,
@@ -49,16 +66,25 @@ def add_edges(
     columns,
     column_end,
     MEAN: tl.constexpr,
+    MAX: tl.constexpr,
 ):
-    """Add what each row hears as `relation` from its edge `at` on; `at` moves past that."""
+    """Add to sums of 0 what each row hears as `relation` from its edge `at` on, or its maximum.
+
+    `at` moves past that.
+    """
     active = edge_relations(relation_ptr, at, end) == relation
+    if MAX:
+        sums = tl.where(active[:, None], float("-inf"), sums)
     while tl.max(active.to(tl.int32)) > 0:
-        other = tl.load(other_ptr + at, mask=active, other=0).to(tl.int64)
         factor = edge_factors(factor_ptr, edge_ptr, count_ptr, at, active, MEAN)
-        places = other[:, None] * feature_strides[0] + columns[None, :] * feature_strides[1]
-        seen = active[:, None] & (columns[None, :] < column_end)
-        features = tl.load(features_ptr + places, mask=seen, other=0.0)  # [BLOCK_M, BLOCK_C]
-        sums += features.to(tl.float32) * factor[:, None]
+        features = edge_features(
+            at, active, features_ptr, feature_strides, other_ptr, columns, column_end
+        )
+        if MAX:
+            highest = larger(sums, features * factor[:, None])
+            sums = tl.where(active[:, None], highest, sums)
+        else:
+            sums += features * factor[:, None]
         at += active.to(at.dtype)
         active = active & (edge_relations(relation_ptr, at, end) == relation)
     return sums, at
@@ -88,6 +114,7 @@ def relation_edges_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MEAN: tl.constexpr,
+    MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tiles_e = tl.cdiv(E, BLOCK_E)
@@ -109,7 +136,7 @@ def relation_edges_kernel(
             sums = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
             sums, moved = add_edges(
                 sums, at, end, relation, features_ptr, feature_strides, factor_ptr, other_ptr,
-                relation_ptr, edge_ptr, count_ptr, columns, C, MEAN,
+                relation_ptr, edge_ptr, count_ptr, columns, C, MEAN, MAX,
             )  # fmt: skip
             places = columns[:, None] * weight_strides[2] + columns_e[None, :] * weight_strides[3]
             weight = tl.load(

@@ -48,6 +48,7 @@ def relation_edges_weight_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MEAN: tl.constexpr,
+    MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     relation = tl.program_id(0).to(tl.int64)
@@ -74,7 +75,7 @@ def relation_edges_weight_kernel(
             sums = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
             sums, at = add_edges(
                 sums, at, end, relation, features_ptr, feature_strides, factor_ptr, other_ptr,
-                relation_ptr, edge_ptr, count_ptr, columns, C, MEAN,
+                relation_ptr, edge_ptr, count_ptr, columns, C, MEAN, MAX,
             )  # fmt: skip
             places = rows[:, None] * grad_strides[0] + columns_e[None, :] * grad_strides[1]
             seen = owned[:, None] & (columns_e[None, :] < E)

@@ -30,7 +30,7 @@ class BandRule:
     graph: Bands
     past: int
     future: int
-    mean: bool
+    aggr: str
 
     @property
     def rows(self) -> int:
@@ -81,7 +81,7 @@ class Edges:
     edge: Tensor
     count: Tensor
     factor: Tensor | None
-    mean: bool
+    aggr: str
 
     @property
     def rows(self) -> int:
@@ -96,20 +96,20 @@ class Edges:
             "edge_ptr": self.edge,
             "count_ptr": self.count,
             "total": self.rows,
-            "MEAN": self.mean,
+            "MEAN": self.aggr == "mean",
         }
 
 
-def by_target(graph: EdgeLists, factor: Tensor | None, mean: bool) -> Edges:
+def by_target(graph: EdgeLists, factor: Tensor | None, aggr: str) -> Edges:
     """Edges by their targets, as the output adds them up."""
     lists = (graph.dst_start, graph.dst_source, graph.dst_relation, graph.dst_edge, graph.dst_count)
-    return Edges(*lists, _dense(factor), mean)
+    return Edges(*lists, _dense(factor), aggr)
 
 
-def by_source(graph: EdgeLists, factor: Tensor | None, mean: bool) -> Edges:
+def by_source(graph: EdgeLists, factor: Tensor | None, aggr: str) -> Edges:
     """Edges by their sources, as the gradient of x adds them up."""
     lists = (graph.src_start, graph.src_target, graph.src_relation, graph.src_edge, graph.src_count)
-    return Edges(*lists, _dense(factor), mean)
+    return Edges(*lists, _dense(factor), aggr)
 
 
 def as_blocks(weight: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def new_shares(rule: BandRule, relations: int) -> Tensor:
 def new_parts(kernel: str, weight: Tensor, x: Tensor, rows: int, rows_per_group: float) -> Tensor:
     """Memory for the parts of dweight: float32 of every split of the rows, or dweight itself."""
     relations, blocks, width_in, width_out = weight.shape
-    tiles = _tiles(kernel, x, width_in, width_out, rows_per_group)
+    tiles = tiles_for(kernel, x, width_in, width_out, rows_per_group)
     programs = relations * blocks * _columns(tiles, width_in, width_out)
     row_tiles = triton.cdiv(rows, tiles.block_m)
     splits = conv_config.splits(programs, row_tiles, weight.numel(), processors(x.device))
@@ -152,7 +152,8 @@ def bands_launch(
     """
     relations, blocks, width_in, width_out = weight.shape
     if tiles is None:
-        tiles = _tiles("bands", features, width_in, width_out, rule.rows_per_group)
+        kernel = "bands_largest" if rule.aggr == "max" else "bands"
+        tiles = tiles_for(kernel, features, width_in, width_out, rule.rows_per_group)
     return Launch(
         relation_bands_kernel,
         lambda meta: (
@@ -174,7 +175,8 @@ def bands_launch(
             "groups": rule.groups,
             "C": width_in,
             "E": width_out,
-            "MEAN": rule.mean,
+            "MEAN": rule.aggr == "mean",
+            "MAX": rule.aggr == "max",
             "TRANSPOSED": transposed,
             "BY_RELATION": rule.by_relation(relations),
             "zero": 0.0,
@@ -208,7 +210,7 @@ def bands_weight_launch(
     """Fill the parts of dweight, one for each split of the rows."""
     splits, relations, blocks, width_in, width_out = parts.shape
     if tiles is None:
-        tiles = _tiles("bands_weight", x, width_in, width_out, rule.rows_per_group)
+        tiles = tiles_for("bands_weight", x, width_in, width_out, rule.rows_per_group)
     return Launch(
         relation_bands_weight_kernel,
         lambda meta: (relations, blocks * _columns(tiles, width_in, width_out), splits),
@@ -226,7 +228,8 @@ def bands_weight_launch(
             "split_rows": triton.cdiv(rule.rows, splits),
             "C": width_in,
             "E": width_out,
-            "MEAN": rule.mean,
+            "MEAN": rule.aggr == "mean",
+            "MAX": rule.aggr == "max",
             "zero": 0.0,
             "PRECISION": dot_precision(x.dtype),
             **tiles.launch_options(),
@@ -239,7 +242,7 @@ def edges_launch(
 ) -> Launch:
     """Fill `out`, of the rows, from the features of the other ends of their edges."""
     _, blocks, width_in, width_out = weight.shape
-    tiles = _tiles("edges", features, width_in, width_out, edges.rows)
+    tiles = tiles_for("edges", features, width_in, width_out, edges.rows)
     return Launch(
         relation_edges_kernel,
         lambda meta: (
@@ -259,9 +262,10 @@ def edges_launch(
             "out_stride": out.stride(0),
             "C": width_in,
             "E": width_out,
+            "MAX": edges.aggr == "max",
             "zero": 0.0,
             "PRECISION": dot_precision(features.dtype),
-            **_without_others(tiles),
+            **without_others(tiles),
         },
     )
 
@@ -269,7 +273,7 @@ def edges_launch(
 def edges_weight_launch(edges: Edges, x: Tensor, grad: Tensor, parts: Tensor) -> Launch:
     """Fill the parts of dweight, one for each split of the targets."""
     splits, relations, blocks, width_in, width_out = parts.shape
-    tiles = _tiles("edges_weight", x, width_in, width_out, edges.rows)
+    tiles = tiles_for("edges_weight", x, width_in, width_out, edges.rows)
     return Launch(
         relation_edges_weight_kernel,
         lambda meta: (relations, blocks * _columns(tiles, width_in, width_out), splits),
@@ -286,9 +290,10 @@ def edges_weight_launch(edges: Edges, x: Tensor, grad: Tensor, parts: Tensor) ->
             "split_rows": triton.cdiv(edges.rows, splits),
             "C": width_in,
             "E": width_out,
+            "MAX": edges.aggr == "max",
             "zero": 0.0,
             "PRECISION": dot_precision(x.dtype),
-            **_without_others(tiles),
+            **without_others(tiles),
         },
     )
 
@@ -298,7 +303,7 @@ def edges_factor_launch(
 ) -> tuple[Launch, Tensor]:
     """The launch that fills products (parts of the columns, E); their sum is that of df."""
     _, blocks, width_in, width_out = weight.shape
-    tiles = _tiles("edges_factor", x, width_in, width_out, edges.rows)
+    tiles = tiles_for("edges_factor", x, width_in, width_out, edges.rows)
     parts = blocks * triton.cdiv(width_out, tiles.block_e)
     number = edges.other.shape[0]
     products = torch.empty(parts, number, dtype=torch.float32, device=x.device)
@@ -319,13 +324,13 @@ def edges_factor_launch(
             "E": width_out,
             "zero": 0.0,
             "PRECISION": dot_precision(x.dtype),
-            **_without_others(tiles),
+            **without_others(tiles),
         },
     )
     return launch, products
 
 
-def _tiles(
+def tiles_for(
     kernel: str, features: Tensor, width_in: int, width_out: int, rows_per_group: float
 ) -> Tiles:
     where = (features.dtype, architecture(features.device))
@@ -337,7 +342,7 @@ def _columns(tiles: Tiles, width_in: int, width_out: int) -> int:
     return triton.cdiv(width_in, tiles.block_c) * triton.cdiv(width_out, tiles.block_e)
 
 
-def _without_others(tiles: Tiles) -> dict[str, int]:
+def without_others(tiles: Tiles) -> dict[str, int]:
     options = tiles.launch_options()
     del options["BLOCK_N"]
     return options

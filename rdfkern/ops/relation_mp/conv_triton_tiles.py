@@ -194,3 +194,58 @@ def add_band(
         if COUNT:
             counts += tl.sum(band.to(tl.int32), 1)
     return sums, counts
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two tiles; what is not a number stays."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def heard_features(
+    other,
+    features_ptr,
+    feature_strides,
+    order_ptr,
+    position_ptr,
+    positions,
+    low,
+    high,
+    columns,
+    column_end,
+):
+    """Features [1, BLOCK_C] of one other, and which rows hear it, [BLOCK_M, 1]."""
+    gap = tl.load(position_ptr + other) - positions
+    node = tl.load(order_ptr + other).to(tl.int64)
+    places = node * feature_strides[0] + columns * feature_strides[1]
+    features = tl.load(features_ptr + places, mask=columns < column_end, other=0.0)
+    heard = (gap >= low) & (gap <= high)
+    return features.to(tl.float32)[None, :], heard[:, None]
+
+
+@triton.jit
+def max_band(
+    highest,
+    counts,
+    features_ptr,
+    feature_strides,
+    order_ptr,
+    position_ptr,
+    positions,
+    begin,
+    end,
+    low,
+    high,
+    columns,
+    column_end,
+):
+    """The elementwise maximum of highest and of what each row hears, and how much that is."""
+    for other in tl.range(begin, end):
+        features, heard = heard_features(
+            other, features_ptr, feature_strides, order_ptr, position_ptr, positions, low, high,
+            columns, column_end,
+        )  # fmt: skip
+        highest = tl.where(heard, larger(highest, features), highest)
+        counts += tl.sum(heard.to(tl.int32), 1)
+    return highest, counts
