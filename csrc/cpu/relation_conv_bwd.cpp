@@ -89,7 +89,7 @@ void root_gradient(const Gradients& given, int64_t count, const Tensor& droot) {
 }
 
 void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-           const std::optional<Tensor>& root, const Tensor& order, const Tensor& position, 
+           const std::optional<Tensor>& root, const Tensor& order, const Tensor& position,
            const Tensor& start, const Tensor& table, int64_t past, int64_t future,
            int64_t aggregation, const std::optional<Tensor>& dx,
            const std::optional<Tensor>& dweight, const std::optional<Tensor>& droot) {

@@ -8,6 +8,7 @@ with a GPU they run there, in this very process: `pytest -m gpu`.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -165,8 +166,10 @@ def plain_conv(inputs, graph, aggr, _):
             message = message * inputs["edge_weight"][edges, None]
         heard = x.new_zeros(graph.num_dst, x.shape[1])
         if aggr == "max":
-            into = target[edges, None].expand_as(message)
-            heard = heard.scatter_reduce(0, into, message, "amax", include_self=False)
+            # Without itself, its gradient would still count the zeros it starts from as ties.
+            into, least = target[edges, None].expand_as(message), heard - math.inf
+            heard = least.scatter_reduce(0, into, message, "amax")
+            heard = heard.where(heard > least, 0.0)
         else:
             heard = heard.index_add(0, target[edges], message)
         if aggr == "mean":
