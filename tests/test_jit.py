@@ -257,7 +257,7 @@ class TestCommand:
 
     def test_clean_and_failure(self, tmp_path):
         (tmp_path / "cpu-old").mkdir()
-        done = self.run("--clean", RDFKERN_CACHE_DIR=str(tmp_path), CXX="/nowhere/c++")
+        done = self.run("cpu", "--clean", RDFKERN_CACHE_DIR=str(tmp_path), CXX="/nowhere/c++")
         assert done.returncode == 1
         assert "cpu: no C++ compiler" in done.stderr
         assert not tmp_path.exists() or not list(tmp_path.iterdir())
