@@ -78,7 +78,6 @@ def test_slow_ones_in_the_interpreter():
 
 
 @outside
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_under_ttsem(name):
     if importlib.util.find_spec("ttsem") is None:

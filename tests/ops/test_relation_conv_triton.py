@@ -67,7 +67,6 @@ def test_in_the_interpreter(select):
 
 
 @outside
-@pytest.mark.slow
 def test_under_ttsem():
     if importlib.util.find_spec("ttsem") is None:
         pytest.skip("ttsem is not installed: pip install --ignore-requires-python --no-deps ttsem")
