@@ -29,6 +29,7 @@ inline WholeSoftmax softmax_whole(float* column, int64_t keys, int64_t stride, f
   constexpr float infinity = std::numeric_limits<float>::infinity();
   Vec top = broadcast(-infinity);
   for (int64_t j = 0; j < keys; ++j) top = maximum(top, load(column + j * stride));
+  // GCC 12.2 crashes where the maximum itself is selected anew.
   const Vec base = top * factor, shift = top == -infinity ? Vec{} : base;
   const Vec total = sum_over(keys, [&](int64_t j) {
     const Vec weight = exp2(load(column + j * stride) * factor - shift);
