@@ -232,4 +232,15 @@ inline float* fill_zeros(float* target, int64_t count) {
   return target;
 }
 
+// Where rows add up.
+struct Sum {
+  float* data;
+  int64_t stride;
+
+  Sum from(int64_t row) const { return {data + row * stride, stride}; }
+  void clear(int64_t begin, int64_t end, int64_t width) const {
+    for (int64_t row = begin; row < end; ++row) fill_zeros(data + row * stride, width);
+  }
+};
+
 }  // namespace rdfkern

@@ -16,7 +16,6 @@ struct KeyBlock {
   Sum dk[2], dv;
   int64_t first, count;
   int64_t summed;  // so many of its rows of dk and dv hold sums already, the rest holds nothing
-  bool whole;      // these are all the keys that the panel sees
 };
 
 class Backward {
@@ -76,16 +75,20 @@ class Backward {
     const int64_t key_end = chunk_begin(sequence.keys, task.chunk + 1, chunks_);
     const int64_t keys = key_end - key_begin;
     constexpr int64_t kRounding = 128;  // what take() adds where vectors are narrow
+    const int64_t kept = std::max(kBlockKeys, std::min(kWholeKeys, keys));
     Scratch scratch(PanelRows::floats(problem_) + 2 * kPanel * head_width + kRounding +
-                    kWholeKeys * (2 * head_width + value_width) + 5 * kWholeKeys * kPanelStride +
+                    kBlockKeys * (2 * head_width + value_width + 2 * kPanelStride) +
+                    3 * kept * kPanelStride +
                     longest_ * ((in_place_k ? 0 : 2 * head_width) + (in_place_v ? 0 : value_width)));
     PanelRows rows(problem_, saved_, scratch);
     float* dq_rows[2] = {scratch.take(kPanel * head_width), scratch.take(kPanel * head_width)};
-    float* key_rows[2] = {scratch.take(kWholeKeys * head_width),
-                          scratch.take(kWholeKeys * head_width)};
-    float* value_rows = scratch.take(kWholeKeys * value_width);
-    float* tiles[5];
-    for (float*& tile : tiles) tile = scratch.take(kWholeKeys * kPanelStride);
+    float* key_rows[2] = {scratch.take(kBlockKeys * head_width),
+                          scratch.take(kBlockKeys * head_width)};
+    float* value_rows = scratch.take(kBlockKeys * value_width);
+    Tiles tiles;
+    for (float*& tile : tiles.kept) tile = scratch.take(kept * kPanelStride);
+    for (float*& tile : tiles.factors) tile = scratch.take(kBlockKeys * kPanelStride);
+    WholePanel statistics;
 
     const int64_t batch = sequence.batch, first_row = sequence.first_key + key_begin;
     auto sum_of = [&](const Rows& rows, bool rows_in_place, int64_t width) {
@@ -127,12 +130,10 @@ class Backward {
                         : Sum{dq_rows[map], head_width};
           if (phase == 0 && begin >= end) dq[map].clear(0, panel.count, head_width);
         }
-        const int64_t step = whole ? kWholeKeys : kKeys;
-        for (int64_t key = begin; key < end; key += step) {
-          const int64_t count = std::min(step, end - key), at = key - key_begin;
-          const int64_t from = sequence.first_key + key;
+        auto read_block = [&](int64_t key, int64_t count) {
+          const int64_t at = key - key_begin, from = sequence.first_key + key;
           clear_up_to(at);
-          const KeyBlock block{
+          return KeyBlock{
               {read_rows(problem_.k[0], batch, task.kv_head, from, count, problem_.head_dim,
                          key_rows[0]),
                read_rows(problem_.k[1], batch, task.kv_head, from, count, problem_.head_dim,
@@ -140,9 +141,40 @@ class Backward {
               view_rows(problem_.v, batch, task.kv_head, from, count, problem_.value_dim,
                         value_rows),
               {dk[0].from(at), dk[1].from(at)}, dv.from(at), key, count,
-              std::min(count, summed - at), whole};
-          add_block(panel, rows, block, tiles, dq, phase == 0 && key == begin, ahead);
-          summed = std::max(summed, at + count);
+              std::min(count, summed - at)};
+        };
+        auto add = [&](const KeyBlock& block, const Tiles& differentiated) {
+          add_block(panel, rows, block, differentiated, dq, phase == 0 && block.first == begin,
+                    ahead);
+          summed = std::max(summed, block.first - key_begin + block.count);
+        };
+        if (whole) {
+          std::optional<KeyBlock> block;
+          for_each_block(end - begin, [&](int64_t number, int64_t first, int64_t count) {
+            block = read_block(begin + first, count);
+            const Tiles of_block = tiles.from(first);
+            fill_tiles(panel, rows, *block, of_block, ahead);
+            statistics.add(number, panel, count, of_block, has_dropout());
+          });
+          statistics.merge(panel, rows, blocks_of(end - begin));
+          for_each_block(end - begin, [&](int64_t number, int64_t first, int64_t count) {
+            const Tiles of_block = tiles.from(first);
+            if (end - begin > kBlockKeys) {
+              block = read_block(begin + first, count);
+              drop(panel, *block, of_block);
+            }
+            has_dropout() ? statistics.differentiate<true>(number, panel, rows, count, of_block)
+                          : statistics.differentiate<false>(number, panel, rows, count, of_block);
+            add(*block, of_block);
+          });
+        } else {
+          for (int64_t key = begin; key < end; key += kKeys) {
+            const KeyBlock block = read_block(key, std::min(kKeys, end - key));
+            fill_tiles(panel, rows, block, tiles, ahead);
+            has_dropout() ? differentiate<true>(panel, rows, block.count, tiles)
+                          : differentiate<false>(panel, rows, block.count, tiles);
+            add(block, tiles);
+          }
         }
         write_query_gradients(panel, rows, dq, in_place_q, phase);
       }
@@ -158,34 +190,37 @@ class Backward {
     if (!in_place_v) write(gradients_.v, problem_.value_dim, dv);
   }
 
-  void add_block(const Panel& panel, PanelRows& rows, const KeyBlock& block,
-                 float* const (&tiles)[5], const Sum (&dq)[2], bool first_of_dq,
-                 Ahead& ahead) const {
-    const int64_t head_width = problem_.head_width, value_width = problem_.value_width;
+  bool has_dropout() const { return problem_.dropout.probability > 0; }
+
+  void drop(const Panel& panel, const KeyBlock& block, const Tiles& tiles) const {
+    if (has_dropout())
+      problem_.dropout.fill(panel.sequence_index * problem_.heads + panel.head, panel.first,
+                            panel.columns(), block.first, block.count, tiles.factors,
+                            kPanelStride);
+  }
+
+  // Scores of both maps, dP and factors.
+  void fill_tiles(const Panel& panel, const PanelRows& rows, const KeyBlock& block,
+                  const Tiles& tiles, Ahead& ahead) const {
     for (int map = 0; map < 2; ++map)
-      panel.scores(rows.queries_t[map], block.keys[map], block.first, block.count, tiles[map],
-                   ahead);
+      panel.scores(rows.queries_t[map], block.keys[map], block.first, block.count,
+                   tiles.kept[map], ahead);
     gemm<Order::kRows, Update::kOverwrite>(
         block.count, panel.columns(), problem_.value_dim, block.values.data, block.values.stride,
-        rows.grad_t, kPanelStride, tiles[2], kPanelStride, nullptr, std::ref(ahead));
-    const bool dropout = problem_.dropout.probability > 0;
-    if (dropout) {
-      float* const factors[2] = {tiles[3], tiles[4]};
-      problem_.dropout.fill(panel.sequence_index * problem_.heads + panel.head, panel.first,
-                            panel.columns(), block.first, block.count, factors, kPanelStride);
-    }
-    if (block.whole)
-      dropout ? differentiate_whole<true>(panel, rows, block.count, tiles)
-              : differentiate_whole<false>(panel, rows, block.count, tiles);
-    else
-      dropout ? differentiate<true>(panel, rows, block.count, tiles)
-              : differentiate<false>(panel, rows, block.count, tiles);
-    add_keys(block, panel.count, tiles[2], {rows.grad_natural, value_width}, value_width, block.dv,
-             ahead);
+        rows.grad_t, kPanelStride, tiles.kept[2], kPanelStride, nullptr, std::ref(ahead));
+    drop(panel, block, tiles);
+  }
+
+  void add_block(const Panel& panel, const PanelRows& rows, const KeyBlock& block,
+                 const Tiles& tiles, const Sum (&dq)[2], bool first_of_dq, Ahead& ahead) const {
+    const int64_t head_width = problem_.head_width, value_width = problem_.value_width;
+    add_keys(block, panel.count, tiles.kept[2], {rows.grad_natural, value_width}, value_width,
+             block.dv, ahead);
     for (int map = 0; map < 2; ++map) {
-      add_keys(block, panel.count, tiles[map], rows.queries[map], head_width, block.dk[map], ahead);
+      const float* const slopes = tiles.kept[map];
+      add_keys(block, panel.count, slopes, rows.queries[map], head_width, block.dk[map], ahead);
       (first_of_dq ? gemm_anew<Order::kColumns> : gemm_add<Order::kColumns>)(
-          panel.count, head_width, block.count, tiles[map], kPanelStride, block.keys[map].data,
+          panel.count, head_width, block.count, slopes, kPanelStride, block.keys[map].data,
           block.keys[map].stride, dq[map].data, dq[map].stride, ahead);
     }
   }

@@ -8,7 +8,7 @@ namespace rdfkern {
 
 struct Saved {
   Rows grad_out;
-  std::optional<Rows> o2, o;  // o2 only where a panel may see more than kWholeKeys; o for it or a norm
+  std::optional<Rows> o2, o;  // o2 only where a task may see a part of its keys; o for it or a norm
   const float* lse;
   int64_t lse_map_stride, lse_batch_stride, lse_head_stride;
 };
@@ -25,22 +25,11 @@ struct BackwardTask {
   int64_t cost;
 };
 
-// Where a gradient adds up.
-struct Sum {
-  float* data;
-  int64_t stride;
-
-  Sum from(int64_t row) const { return {data + row * stride, stride}; }
-  void clear(int64_t begin, int64_t end, int64_t width) const {
-    for (int64_t row = begin; row < end; ++row) fill_zeros(data + row * stride, width);
-  }
-};
-
 // The rows of a task's keys, of long sequences none: there, few of them are needed at a time.
 inline void foresee_keys(const Problem& problem, const BackwardTask& task, const Rows& k1,
                          const Rows& k2, const Rows& v, Ahead& ahead) {
   const Sequence& sequence = problem.sequences[task.sequence];
-  if (sequence.keys > kWholeKeys) return;
+  if (sequence.keys > kBlockKeys) return;
   auto add = [&](const Rows& rows, int64_t size) {
     ahead.add(rows, sequence.batch, task.kv_head, sequence.first_key, sequence.keys, size);
   };
@@ -53,7 +42,7 @@ inline void foresee_keys(const Problem& problem, const BackwardTask& task, const
 inline void foresee_queries(const Problem& problem, const BackwardTask& task, const Rows& rows,
                             int64_t size, Ahead& ahead) {
   const Sequence& sequence = problem.sequences[task.sequence];
-  if (sequence.keys <= kWholeKeys)
+  if (sequence.keys <= kBlockKeys)
     ahead.add(rows, sequence.batch, task.kv_head * (problem.heads / problem.kv_heads),
               sequence.first_query, std::min(sequence.queries, 2 * kPanel), size);
 }

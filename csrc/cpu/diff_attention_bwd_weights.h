@@ -6,11 +6,19 @@
 
 namespace rdfkern {
 
-// tiles: scores 1, scores 2, dP (and dropout factors) -> scale * dS1, scale * dS2,
-// alpha P1 - lam P2.
+// [key][query]
+struct Tiles {
+  float* kept[3];     // scores 1, scores 2, dP -> scale * dS1, scale * dS2, alpha P1 - lam P2
+  float* factors[2];  // of the dropout, of one block of keys
+
+  Tiles from(int64_t key) const {
+    const int64_t at = key * kPanelStride;
+    return {{kept[0] + at, kept[1] + at, kept[2] + at}, {factors[0], factors[1]}};
+  }
+};
+
 template <bool DROPOUT>
-inline void differentiate(const Panel& panel, PanelRows& rows, int64_t keys,
-                          float* const (&tiles)[5]) {
+inline void differentiate(const Panel& panel, PanelRows& rows, int64_t keys, const Tiles& tiles) {
   const float factor = panel.factor();
   for (int64_t i = 0; i < panel.columns(); i += kLanes) {
     const Vec lse1 = load(rows.lse[0] + i), lse2 = load(rows.lse[1] + i);
@@ -22,21 +30,21 @@ inline void differentiate(const Panel& panel, PanelRows& rows, int64_t keys,
     Vec dalpha = {};
     for (int64_t j = 0; j < keys; ++j) {
       const int64_t at = j * kPanelStride + i;
-      const Vec p1 = exp2(load(tiles[0] + at) * factor - lse1);
-      const Vec p2 = exp2(load(tiles[1] + at) * factor - lse2);
-      const Vec grad = load(tiles[2] + at);
+      const Vec p1 = exp2(load(tiles.kept[0] + at) * factor - lse1);
+      const Vec p2 = exp2(load(tiles.kept[1] + at) * factor - lse2);
+      const Vec grad = load(tiles.kept[2] + at);
       Vec grad1 = grad, grad2 = grad, kept1 = p1, kept2 = p2;
       if constexpr (DROPOUT) {
-        const Vec factor1 = load(tiles[3] + at), factor2 = load(tiles[4] + at);
+        const Vec factor1 = load(tiles.factors[0] + at), factor2 = load(tiles.factors[1] + at);
         grad1 *= factor1;
         grad2 *= factor2;
         kept1 *= factor1;
         kept2 *= factor2;
       }
       dalpha += p1 * grad1;
-      store(tiles[0] + at, p1 * (scaled_alpha * grad1 - delta1));
-      store(tiles[1] + at, p2 * (delta2 - scaled_lam * grad2));
-      store(tiles[2] + at, alpha * kept1 - lam * kept2);
+      store(tiles.kept[0] + at, p1 * (scaled_alpha * grad1 - delta1));
+      store(tiles.kept[1] + at, p2 * (delta2 - scaled_lam * grad2));
+      store(tiles.kept[2] + at, alpha * kept1 - lam * kept2);
     }
     store(rows.dalpha + i, load(rows.dalpha + i) + dalpha * unrounded1);
   }
@@ -44,41 +52,66 @@ inline void differentiate(const Panel& panel, PanelRows& rows, int64_t keys,
 
 // The same where every key is at hand: softmax and D anew, by the arithmetic of plain softmax. With
 // few keys dP - D nearly cancels, and a D from saved rows would leave their rounding.
-template <bool DROPOUT>
-inline void differentiate_whole(const Panel& panel, PanelRows& rows, int64_t keys,
-                                float* const (&tiles)[5]) {
-  for (int64_t i = 0; i < panel.columns(); i += kLanes) {
-    Vec inverse[2], delta[2];
-    for (int map = 0; map < 2; ++map) {
-      inverse[map] = softmax_whole(tiles[map] + i, keys, kPanelStride, panel.factor()).inverse;
-      delta[map] = sum_over(keys, [&](int64_t j) {
-        const int64_t at = j * kPanelStride + i;
-        Vec grad = load(tiles[2] + at);
-        if constexpr (DROPOUT) grad *= load(tiles[3 + map] + at);
-        return load(tiles[map] + at) * inverse[map] * grad;
-      });
-      store(rows.delta[map] + i, delta[map]);
-    }
-    const Vec alpha = load(rows.alpha + i), lam = load(rows.lam + i);
-    const Vec scaled_alpha = alpha * panel.problem.scale, scaled_lam = lam * panel.problem.scale;
-    for (int64_t j = 0; j < keys; ++j) {
-      const int64_t at = j * kPanelStride + i;
-      const Vec p1 = load(tiles[0] + at) * inverse[0], p2 = load(tiles[1] + at) * inverse[1];
-      const Vec grad = load(tiles[2] + at);
-      Vec grad1 = grad, grad2 = grad, kept1 = p1, kept2 = p2;
-      if constexpr (DROPOUT) {
-        const Vec factor1 = load(tiles[3] + at), factor2 = load(tiles[4] + at);
-        grad1 *= factor1;
-        grad2 *= factor2;
-        kept1 *= factor1;
-        kept2 *= factor2;
+class WholePanel {
+ public:
+  // tiles: the same with weights before normalisation in the place of scores
+  void add(int64_t block, const Panel& panel, int64_t keys, const Tiles& tiles, bool dropout) {
+    for (int64_t i = 0; i < panel.columns(); i += kLanes)
+      for (int map = 0; map < 2; ++map) {
+        float* const column = tiles.kept[map] + i;
+        const Vec inverse = softmax_[map].add(block, column, keys, i, panel.factor());
+        const Vec delta = sum_over(keys, [&](int64_t j) {
+          const int64_t at = j * kPanelStride;
+          const Vec term = load(column + at) * inverse * load(tiles.kept[2] + i + at);
+          return dropout ? term * load(tiles.factors[map] + i + at) : term;
+        });
+        store(deltas_[map][block] + i, delta);
       }
-      store(tiles[0] + at, scaled_alpha * (p1 * (grad1 - delta[0])));
-      store(tiles[1] + at, scaled_lam * (p2 * (delta[1] - grad2)));
-      store(tiles[2] + at, alpha * kept1 - lam * kept2);
-    }
-    store(rows.dalpha + i, delta[0]);
   }
-}
+
+  void merge(const Panel& panel, PanelRows& rows, int64_t blocks) {
+    for (int64_t i = 0; i < panel.columns(); i += kLanes)
+      for (int map = 0; map < 2; ++map) {
+        softmax_[map].merge(blocks, i);
+        Vec delta = {};
+        for (int64_t b = 0; b < blocks; ++b)
+          delta += load(deltas_[map][b] + i) * softmax_[map].mass(b, i);
+        store(rows.delta[map] + i, delta);
+        if (map == 0) store(rows.dalpha + i, delta);
+      }
+  }
+
+  template <bool DROPOUT>
+  void differentiate(int64_t block, const Panel& panel, const PanelRows& rows, int64_t keys,
+                     const Tiles& tiles) const {
+    float* const(&kept)[3] = tiles.kept;
+    for (int64_t i = 0; i < panel.columns(); i += kLanes) {
+      const Vec share1 = softmax_[0].share(block, i), share2 = softmax_[1].share(block, i);
+      const Vec delta1 = load(rows.delta[0] + i), delta2 = load(rows.delta[1] + i);
+      const Vec alpha = load(rows.alpha + i), lam = load(rows.lam + i);
+      const Vec scaled_alpha = alpha * panel.problem.scale, scaled_lam = lam * panel.problem.scale;
+      for (int64_t j = 0; j < keys; ++j) {
+        const int64_t at = j * kPanelStride + i;
+        const Vec p1 = load(kept[0] + at) * share1, p2 = load(kept[1] + at) * share2;
+        const Vec grad = load(kept[2] + at);
+        Vec grad1 = grad, grad2 = grad, kept1 = p1, kept2 = p2;
+        if constexpr (DROPOUT) {
+          const Vec factor1 = load(tiles.factors[0] + at), factor2 = load(tiles.factors[1] + at);
+          grad1 *= factor1;
+          grad2 *= factor2;
+          kept1 *= factor1;
+          kept2 *= factor2;
+        }
+        store(kept[0] + at, scaled_alpha * (p1 * (grad1 - delta1)));
+        store(kept[1] + at, scaled_lam * (p2 * (delta2 - grad2)));
+        store(kept[2] + at, alpha * kept1 - lam * kept2);
+      }
+    }
+  }
+
+ private:
+  WholeSoftmax softmax_[2];
+  float deltas_[2][kBlocks][kPanel];
+};
 
 }  // namespace rdfkern

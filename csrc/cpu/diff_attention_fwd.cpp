@@ -25,7 +25,7 @@ std::vector<ForwardTask> tasks_of(const Problem& problem) {
   return tasks;
 }
 
-bool is_whole(const ForwardTask& task) { return task.keys_end - task.keys_begin <= kWholeKeys; }
+int64_t keys_of(const ForwardTask& task) { return task.keys_end - task.keys_begin; }
 
 void foresee(const Problem& problem, const ForwardTask& task, Ahead& ahead) {
   const Sequence& sequence = problem.sequences[task.sequence];
@@ -46,14 +46,14 @@ void run(const Problem& problem, const Outputs& outputs) {
   for_each_task_ahead(tasks.size(), [&](int64_t index, int64_t following) {
     const ForwardTask& task = tasks[index];
     const Sequence& sequence = problem.sequences[task.sequence];
-    const bool whole = is_whole(task);
     Ahead ahead;
-    if (whole)
+    // Of a long sequence few rows are needed at a time.
+    if (keys_of(task) <= kBlockKeys)
       ahead.add(outputs.out, sequence.batch, task.head, sequence.first_query + task.first,
                 task.count, problem.value_dim);
-    // Of a long sequence few rows are needed at a time.
-    if (following >= 0 && is_whole(tasks[following])) foresee(problem, tasks[following], ahead);
-    (whole ? attend_whole : attend_blocks)(problem, outputs, task, ahead);
+    if (following >= 0 && keys_of(tasks[following]) <= kBlockKeys)
+      foresee(problem, tasks[following], ahead);
+    (keys_of(task) <= kWholeKeys ? attend_whole : attend_blocks)(problem, outputs, task, ahead);
     ahead.finish();
   });
 }

@@ -319,7 +319,7 @@ def test_the_lowest_number_of_a_mask_hides_like_infinity(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
-@pytest.mark.parametrize("keys", [256, 257])
+@pytest.mark.parametrize("keys", [256, 4097])
 def test_rows_for_backward_are_kept_only_where_it_needs_them(keys, norm_eps, dtype):
     inputs = inputs_of((1, 2, 2, 9, keys, 16, 16), dtype)[:5]
     tensors = [x.requires_grad_() for x in inputs]
@@ -337,9 +337,20 @@ def test_rows_for_backward_are_kept_only_where_it_needs_them(keys, norm_eps, dty
         with torch.no_grad():
             plain = rdfkern.diff_attention(*tensors, 0.5, norm_eps=norm_eps, impl="cpu")
     assert torch.equal(needed, plain)
-    many = keys == 257
+    many = keys == 4097
     needs_o = norm_eps is not None or (many and dtype != torch.float32)
     assert kept == [[288 if many else 0, 288 if needs_o else 0], [0, 0]]
+
+
+def test_rows_are_kept_where_threads_share_the_keys_of_a_head(monkeypatch):
+    """Without them a single head would be differentiated by a single thread."""
+    k = torch.empty(1, 3, 600, 16)
+    cu_seqlens = torch.tensor([0, 600])
+    for threads, dense, packed in ((1, False, False), (3, False, True), (2, True, True)):
+        monkeypatch.setattr(op, "_num_threads", lambda threads=threads: threads)
+        assert op._keeps_o2("cpu", k, None, 600) == dense
+        assert op._keeps_o2("cpu", k, cu_seqlens, 600) == packed
+        assert op._keeps_o2("triton", k, None, 600)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 2, 90, 70, 24, 40), (1, 1, 1, 600, 800, 16, 24)])

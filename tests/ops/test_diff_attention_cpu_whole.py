@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import rdfkern
+from rdfkern.ops.diff_attention import op
 from rdfkern.testing import assert_within_budget
 
 REASON = rdfkern.available_backends("diff_attention")["cpu"]
@@ -92,13 +93,14 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("keys", [90, 256, 257])
+@pytest.mark.parametrize("keys", [90, 256, 257, 600, 4096, 4097])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_at_and_above_the_limit(form, keys):
-    check(inputs_of((3, 4, 2, 75, keys, 16, 40)), **FORMS[form](75, keys))
+    batch, heads = (3, 4) if keys <= 600 else (3, 2)
+    check(inputs_of((batch, heads, 2, 75, keys, 16, 40)), **FORMS[form](75, keys))
 
 
-@pytest.mark.parametrize("keys", [40, 257])
+@pytest.mark.parametrize("keys", [40, 257, 4097])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["plain", "norm with weight", "window"])
 def test_half(form, dtype, keys):
@@ -110,7 +112,7 @@ def test_bias_with_a_dead_row(keys):
     check(inputs_of((2, 2, 1, 66, keys, 16, 40)), attn_mask=bias(66, keys), **NORM)
 
 
-QUERIES, KEYS = (5, 0, 64, 3, 110, 0, 1, 17, 130), (9, 4, 65, 0, 110, 0, 1, 200, 70)
+QUERIES, KEYS = (5, 0, 64, 3, 110, 0, 1, 17, 130), (9, 4, 65, 0, 110, 0, 1, 600, 70)
 VARLEN = rdfkern.diff_attention_varlen
 
 
@@ -123,23 +125,29 @@ def test_packed(options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}, {"norm_eps": 1e-5, "window": (9, 4)}])
-def test_the_same_bits_whether_rows_are_kept_or_not(options, dtype):
+def test_the_same_bits_whether_rows_are_kept_or_not(options, dtype, monkeypatch):
     """The longest sequence decides what is kept; the others must not notice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several may share the keys of a sequence, if rows are kept
     inputs, layout = packed_inputs(QUERIES, KEYS, dtype)
     upstream = rand(*inputs[0].shape[:-1], inputs[4].shape[-1], seed=1)
     results = []
-    for longest in (200, 300):
-        layout["max_seqlen_k"] = longest
-        torch.manual_seed(3)
-        results.append(run("cpu", inputs, upstream, function=VARLEN, **layout, **options))
+    try:
+        for limit in (op.WHOLE_KEYS["cpu"], 0):
+            monkeypatch.setitem(op.WHOLE_KEYS, "cpu", limit)
+            torch.manual_seed(3)
+            results.append(run("cpu", inputs, upstream, function=VARLEN, **layout, **options))
+    finally:
+        torch.set_num_threads(threads)
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_kept_rows_are_those_of_the_second_map(dtype, dropout_p):
-    inputs = inputs_of((2, 4, 2, 70, 90, 16, 40), dtype)
+@pytest.mark.parametrize("keys", [90, 300])
+def test_kept_rows_are_those_of_the_second_map(keys, dropout_p, dtype):
+    inputs = inputs_of((2, 4, 2, 70, keys, 16, 40), dtype)
     options = (None,) * 5 + (torch.tensor(5), None, None, -1, 0, dropout_p, 0.2, 1e-5, 1.0, "cpu")
     _, _, o2, o = torch.ops.rdfkern.diff_attn_fwd(*inputs, *options)
     ones, zeros = torch.ones_like(inputs[5]), torch.zeros_like(inputs[5])
@@ -152,7 +160,7 @@ def test_kept_rows_are_those_of_the_second_map(dtype, dropout_p):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("keys", [200, 290])
+@pytest.mark.parametrize("keys", [200, 600, 4200])
 def test_gradients_of_unseen_rows_are_written(keys, kv_heads):
     """Every new tensor is full of NaN here; windows and padding leave keys and queries alone."""
     inputs = inputs_of((3, 4, kv_heads, 150, keys, 16, 32))
@@ -171,9 +179,10 @@ def test_gradients_of_unseen_rows_are_written(keys, kv_heads):
         torch.use_deterministic_algorithms(False)
 
 
-def test_dropout_gradient_of_lam_and_alpha():
-    """Both are linear in the output, so a difference is exact up to rounding."""
-    inputs = inputs_of((2, 4, 2, 50, 80, 16, 40))
+@pytest.mark.parametrize("keys", [80, 600])
+def test_dropout_gradient_of_what_is_linear(keys):
+    """lam, alpha and v: a difference of outputs is exact up to rounding."""
+    inputs = inputs_of((2, 4, 2, 50, keys, 16, 40))
     upstream = rand(2, 4, 50, 40, seed=1)
     torch.manual_seed(3)
     result = run("cpu", inputs, upstream, dropout_p=0.4)
@@ -184,13 +193,21 @@ def test_dropout_gradient_of_lam_and_alpha():
         out = run("cpu", moved, upstream, dropout_p=0.4)["out"]
         difference = ((out - result["out"]) * upstream).sum(-1)
         torch.testing.assert_close(result[name], difference, rtol=1e-4, atol=1e-4)
+    for key in range(0, keys, 37):
+        moved = [x.clone() for x in inputs]
+        moved[4][:, :, key] += 1.0
+        torch.manual_seed(3)
+        out = rdfkern.diff_attention(*moved[:6], alpha=moved[6], dropout_p=0.4, impl="cpu")
+        difference = ((out - result["out"]) * upstream).sum((1, 2, 3))
+        gradient = result["v"][:, :, key].sum((1, 2))
+        torch.testing.assert_close(gradient, difference, rtol=1e-3, atol=1e-3)
 
 
 def test_a_longest_sequence_that_is_not_raises_in_compiled_code_too():
     """There, lengths are not checked before the kernel."""
-    tensors = [x[:1] for x in inputs_of((1, 2, 2, 300, 300, 16, 16))]
-    cu = torch.tensor([0, 300], dtype=torch.int32)
-    options = (None, None, None, cu, cu, None, 300, 200, -1, -1, 0.0, 0.2, None, 1.0, "cpu")
+    tensors = [x[:1] for x in inputs_of((1, 2, 2, 4100, 4100, 16, 16))]
+    cu = torch.tensor([0, 4100], dtype=torch.int32)
+    options = (None, None, None, cu, cu, None, 4100, 200, -1, -1, 0.0, 0.2, None, 1.0, "cpu")
     saved = torch.ops.rdfkern.diff_attn_fwd(*tensors, *options, keeps_o2=False)
     with pytest.raises((ValueError, RuntimeError), match="max_seqlen_k"):
         torch.ops.rdfkern.diff_attn_bwd(saved[0], *tensors, *saved, *options, True)
@@ -225,13 +242,13 @@ FAULTS = {
     ),
     "later heads write over earlier ones": (
         "csrc/cpu/diff_attention_bwd.cpp",
-        "          summed = std::max(summed, at + count);\n",
+        "          summed = std::max(summed, block.first - key_begin + block.count);\n",
         "",
         "forms and 90",
     ),
     "the gradient of lam is not there": (
         "csrc/cpu/diff_attention_bwd_weights.h",
-        "    store(rows.delta[map] + i, delta[map]);\n",
+        "        store(rows.delta[map] + i, delta);\n",
         "",
         "forms and plain and 90",
     ),
@@ -243,21 +260,45 @@ FAULTS = {
     ),
     "keys of a window from the first": (
         "csrc/cpu/diff_attention_fwd_whole.cpp",
-        "blocks[map].from(from - begin)",
-        "blocks[map]",
+        "blocks[map].from(from - begin + first)",
+        "blocks[map].from(first)",
         "forms and narrow and 90",
     ),
     "second map dropped like the first": (
         "csrc/cpu/diff_attention_fwd_whole.cpp",
-        "second *= load(tiles[3] + at);",
-        "second *= load(tiles[2] + at);",
+        "second *= load(factors[1] + at);",
+        "second *= load(factors[0] + at);",
         "dropout_gradient",
     ),
     "one key too many": (
         "ops/diff_attention/op.py",
-        'WHOLE_KEYS = {"cpu": 256}',
-        'WHOLE_KEYS = {"cpu": 257}',
-        "forms and plain and 257",
+        'WHOLE_KEYS = {"cpu": 4096}',
+        'WHOLE_KEYS = {"cpu": 4097}',
+        "forms and plain and 4097",
+    ),
+    "a block's share by its own maximum alone": (
+        "csrc/cpu/diff_attention_whole.h",
+        "const Vec factor = exp2(load(shares_[b] + first) - shift);",
+        "const Vec factor = shift - shift + 1.0f;",
+        "forms and plain and 600",
+    ),
+    "D of the last block only": (
+        "csrc/cpu/diff_attention_bwd_weights.h",
+        "delta += load(deltas_[map][b] + i)",
+        "delta = load(deltas_[map][b] + i)",
+        "forms and plain and 600",
+    ),
+    "factors of another block": (
+        "csrc/cpu/diff_attention_bwd.cpp",
+        "              drop(panel, *block, of_block);\n",
+        "",
+        "dropout_gradient",
+    ),
+    "values of the first block again": (
+        "csrc/cpu/diff_attention_fwd_whole.cpp",
+        "values.from(from - begin + first)",
+        "values.from(from - begin)",
+        "forms and plain and 600",
     ),
 }
 

@@ -11,14 +11,13 @@ from torch import Tensor
 from ..._backends import jit
 from ..._backends.dispatch import Arguments
 from . import op
-from .native_arguments import filled, native_options, unit_stride
+from .native_arguments import backward_chunks, filled, kv_tasks, native_options, unit_stride
 
 diff_attention = partial(op.diff_attention, impl="cpu")
 diff_attention_varlen = partial(op.diff_attention_varlen, impl="cpu")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LANES = 16
-MIN_CHUNK = 256
 
 
 def can_run(arguments: Arguments | None) -> str | None:
@@ -79,7 +78,12 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q1, k1, q2, k2, v, lam, alpha and norm_weight; always deterministic."""
     packed, norm_weight = options["cu_seqlens_q"] is not None, options["norm_weight"]
-    chunks = _chunks(k1, options["cu_seqlens_k"], options["max_seqlen_k"])
+    kept_o2, kept_o = filled(o2, o)
+    chunks = 1
+    if kept_o2 is not None:  # without it, a task takes all keys of its queries
+        longest = options["max_seqlen_k"] if packed else k1.shape[2]
+        tasks = kv_tasks(k1, options["cu_seqlens_k"])
+        chunks = backward_chunks(tasks, longest, packed, torch.get_num_threads())
     inputs = [unit_stride(x) for x in (q1, k1, q2, k2, v)]
     gradients = []
     for x in inputs:
@@ -89,7 +93,6 @@ def backward(
         gradients.append(op.empty_like_rows(x, width, packed, dtype))
     dlam, dalpha = (x.new_empty(x.shape) for x in (lam, alpha))
     dnorm_weight = None if norm_weight is None else torch.empty_like(norm_weight, dtype=lam.dtype)
-    kept_o2, kept_o = filled(o2, o)
     if kept_o is None and kept_o2 is not None:
         kept_o = out
     jit.load("cpu")
@@ -113,16 +116,6 @@ def backward(
         for at, x in enumerate(inputs):
             gradients[at] = _narrowed(gradients[at], x, packed)
     return *gradients, dlam, dalpha, dnorm_weight
-
-
-def _chunks(k: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None) -> int:
-    """Into how many parts keys and queries are cut, so that every thread has work."""
-    sequences = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
-    longest = k.shape[2] if cu_seqlens_k is None else max_seqlen_k
-    tasks, threads = sequences * k.shape[1], torch.get_num_threads()
-    if tasks >= 4 * threads or (cu_seqlens_k is None and tasks % threads == 0):
-        return 1
-    return max(1, min(-(-4 * threads // tasks), longest // MIN_CHUNK))
 
 
 def _narrowed(padded: Tensor, x: Tensor, packed: bool) -> Tensor:

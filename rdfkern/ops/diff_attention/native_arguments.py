@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MIN_CHUNK = 256  # keys
+
 
 def unit_stride(x: Tensor) -> Tensor:
     """x, or a copy of it where its last stride is not 1."""
@@ -16,6 +18,22 @@ def unit_stride(x: Tensor) -> Tensor:
 def filled(*outputs: Tensor) -> tuple[Tensor | None, ...]:
     """The outputs that are asked for; None in the place of empty ones."""
     return tuple(output if output.numel() else None for output in outputs)
+
+
+def kv_tasks(k: Tensor, cu_seqlens_k: Tensor | None) -> int:
+    """Pairs of a sequence and a head of keys."""
+    return (k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1) * k.shape[1]
+
+
+def backward_chunks(tasks: int, longest: int, packed: bool, threads: int) -> int:
+    """Into how many parts the CPU cuts such a pair, so that every thread has work.
+
+    `longest` is the largest number of keys.
+    """
+    even = not packed and tasks % threads == 0
+    if threads == 1 or tasks >= 4 * threads or even:
+        return 1
+    return max(1, min(-(-4 * threads // max(1, tasks)), longest // MIN_CHUNK))
 
 
 def native_options(

@@ -16,13 +16,14 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .flops import register_when_counted
 from .formula import Coefficient, compute_dtype
+from .native_arguments import backward_chunks, kv_tasks
 
 KERNELS = {"triton": ".triton", "cuda": ".cuda", "cpu": ".native"}
 # Kernels whose O is that of the first map, with a norm or without.
 MAP_ROWS = ("triton",)
 # How many keys the backward of a kernel takes at once. Of sequences that have no more it computes
-# both maps anew, by which it needs no o2.
-WHOLE_KEYS = {"cpu": 256}
+# both maps anew, by which it needs no o2, unless it cuts the keys of one head for several threads.
+WHOLE_KEYS = {"cpu": 4096}
 
 INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, Tensor alpha"
 OPTIONS = (
@@ -161,8 +162,6 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
         x.requires_grad for x in tensors if isinstance(x, Tensor)
     )
     longest = tensors[1].shape[2] if tensors[13] is None else tensors[13]
-    # A number that is only known when an exported program runs decides nothing here.
-    keeps_o2 = type(longest) is not int or longest > WHOLE_KEYS.get(impl, 0)
     return _DiffAttention.apply(
         *tensors[:12],
         seed,
@@ -175,8 +174,21 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
         float(out_scale),
         impl,
         needs_grad,
-        keeps_o2,
+        _keeps_o2(impl, tensors[1], tensors[11], longest),
     )
+
+
+def _keeps_o2(impl: str, k: Tensor, cu_seqlens_k: Tensor | None, longest: int) -> bool:
+    tasks = kv_tasks(k, cu_seqlens_k)
+    # A number that is only known when an exported program runs decides nothing here.
+    if not (type(longest) is int and type(tasks) is int and longest <= WHOLE_KEYS.get(impl, 0)):
+        return True
+    return backward_chunks(tasks, longest, cu_seqlens_k is not None, _num_threads()) > 1
+
+
+@torch.compiler.assume_constant_result
+def _num_threads() -> int:
+    return torch.get_num_threads()
 
 
 class _DiffAttention(torch.autograd.Function):
