@@ -50,28 +50,31 @@ inline Block read_head(const Rows& rows, int64_t head, int64_t first, int64_t co
   return read_rows(rows, 0, head, first, count, size, scratch);
 }
 
+enum Side { kTarget, kSource, kSides };
+
 struct Problem {
   // Row ranges: a target's sources, a source's targets, the rows at a row's own position.
   const int32_t *first, *end, *heard_first, *heard_end, *same_first, *same_end;
   const int32_t *key, *table;
-  Logits dst, src;      // of the additive form
+  Logits dst, src;      // of the additive form, or:
+  std::vector<float> vectors;  // whose products with the values they are: [side][head][value_width]
   Rows queries, keys;   // of the dot form
   Rows values;
   Logits rel;
   int64_t nodes, heads, num_keys, relations, depth, depth_width, value_dim, value_width;
   float scale, negative_slope;
-  bool is_dot, within;
+  bool is_dot, of_values, within;
   Dropout dropout;
 
   Problem(const Tensor& value, const Tensor& dst_, const Tensor& src_, const Tensor& rel_,
-          const Tensor& key_, const Tensor& ranges, const Tensor& table_, double scale_,
-          double negative_slope_, bool within_, double dropout_p, int64_t seed)
+          const Tensor& key_, const Tensor& ranges, const Tensor& table_, bool of_values_,
+          double scale_, double negative_slope_, bool within_, double dropout_p, int64_t seed)
       : key(ints(key_)), table(ints(table_)), values(head_rows(value)),
         rel(rel_), nodes(value.size(0)), heads(value.size(1)), num_keys(table_.size(0)),
         relations(rel_.size(0)), depth(0), depth_width(0), value_dim(value.size(2)),
         value_width(padded(value_dim)),
         scale(float(scale_)), negative_slope(float(negative_slope_)), is_dot(dst_.dim() == 3),
-        within(within_), dropout{dropout_p, uint64_t(seed)} {
+        of_values(of_values_), within(within_), dropout{dropout_p, uint64_t(seed)} {
     const int32_t** targets[] = {&first,     &end,        &heard_first,
                                  &heard_end, &same_first, &same_end};
     for (int at = 0; at < 6; ++at) *targets[at] = ints(ranges) + at * nodes;
@@ -80,10 +83,21 @@ struct Problem {
       keys = head_rows(src_);
       depth = dst_.size(2);
       depth_width = padded(depth);
+    } else if (of_values) {
+      vectors.resize(kSides * heads * value_width);
+      for (const Side side : {kTarget, kSource})
+        for (int64_t head = 0; head < heads; ++head)
+          for (int64_t d = 0; d < value_dim; ++d)
+            vectors[(side * heads + head) * value_width + d] =
+                Logits(side == kTarget ? dst_ : src_).at(head, d);
     } else {
       dst = Logits(dst_);
       src = Logits(src_);
     }
+  }
+
+  const float* vector(Side side, int64_t head) const {
+    return vectors.data() + (side * heads + head) * value_width;
   }
 
  private:
@@ -96,6 +110,24 @@ struct Span {
   int64_t first, count;
   int64_t end() const { return first + count; }
 };
+
+// logits[i] = vector . value of row i, up to whole vectors; `room` is for kLanes rows.
+inline void value_products(const Problem& problem, Side side, int64_t head, Span rows, float* room,
+                           float* logits) {
+  const float* const vector = problem.vector(side, head);
+  for (int64_t i = 0; i < rows.count; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, rows.count - i);
+    const Block values =
+        read_head(problem.values, head, rows.first + i, count, problem.value_dim, room);
+    Vec products[kLanes] = {}, total = {};
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t d = 0; d < problem.value_width; d += kLanes)
+        products[lane] += load(values.data + lane * values.stride + d) * load(vector + d);
+    transpose(products);
+    for (const Vec& product : products) total += product;
+    store(logits + i, total);
+  }
+}
 
 // The sources that any of these targets hears.
 inline Span sources_of(const Problem& problem, Span targets) {

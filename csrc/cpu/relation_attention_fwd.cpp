@@ -218,11 +218,11 @@ class Forward {
 };
 
 void forward(const Tensor& value, const Tensor& dst, const Tensor& src, const Tensor& rel,
-             const Tensor& key, const Tensor& ranges, const Tensor& table, double scale,
-             double negative_slope, bool within, double dropout_p, int64_t seed, const Tensor& out,
-             const Tensor& lse) {
-  const Problem problem(value, dst, src, rel, key, ranges, table, scale, negative_slope, within,
-                        dropout_p, seed);
+             const Tensor& key, const Tensor& ranges, const Tensor& table, bool of_values,
+             double scale, double negative_slope, bool within, double dropout_p, int64_t seed,
+             const Tensor& out, const Tensor& lse) {
+  const Problem problem(value, dst, src, rel, key, ranges, table, of_values, scale, negative_slope,
+                        within, dropout_p, seed);
   Forward(problem, head_rows(out), static_cast<float*>(lse.data_ptr())).run();
 }
 
@@ -232,8 +232,8 @@ void forward(const Tensor& value, const Tensor& dst, const Tensor& src, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
       "_relation_attention_fwd_cpu(Tensor value, Tensor dst, Tensor src, Tensor rel, Tensor key, "
-      "Tensor ranges, Tensor table, float scale, float negative_slope, bool within, "
-      "float dropout_p, int seed, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor ranges, Tensor table, bool of_values, float scale, float negative_slope, "
+      "bool within, float dropout_p, int seed, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rdfkern, CPU, m) {

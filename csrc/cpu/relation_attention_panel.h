@@ -67,7 +67,9 @@ class Panel {
   Panel(const Problem& problem, int64_t widest)
       : problem_(problem), slot_of_(problem.num_keys, -1),
         slots_(std::min(problem.num_keys, widest)), relation_(rows() * kPanel),
-        base_(rows() * kPanel), leader_of_(problem.within ? problem.relations : 0, -1) {}
+        base_(rows() * kPanel), src_(problem.is_dot ? 0 : padded(widest)),
+        room_(problem.of_values ? kLanes * problem.value_width : 0),
+        leader_of_(problem.within ? problem.relations : 0, -1) {}
 
   // Rows of per-(key, direction) values that may be in use.
   int64_t rows() const { return slots_ * kDirections; }
@@ -97,8 +99,14 @@ class Panel {
   void choose_head(int64_t head_) {
     head = head_;
     float own[kPanel] = {};
-    if (!problem_.is_dot)
+    if (problem_.of_values) {
+      value_products(problem_, kTarget, head, targets, room_.data(), own);
+      value_products(problem_, kSource, head, sources, room_.data(), src_.data());
+    } else if (!problem_.is_dot) {
       for (int64_t i = 0; i < targets.count; ++i) own[i] = problem_.dst.at(targets.first + i, head);
+      for (int64_t j = 0; j < sources.count; ++j)
+        src_[j] = problem_.src.at(sources.first + j, head);
+    }
     for (int64_t row = 0; row < rows_in_use(); ++row)
       for (int64_t i = 0; i < columns(); ++i) {
         const int32_t relation = relation_[row * kPanel + i];
@@ -148,7 +156,7 @@ class Panel {
   }
 
   Vec before_activation(int64_t source, Vec row) const {
-    return row + problem_.src.at(source, head);
+    return row + src_[source - sources.first];
   }
   Vec activated(Vec x) const { return select(x > 0.0f, x, x * problem_.negative_slope); }
 
@@ -202,7 +210,7 @@ class Panel {
   std::vector<int32_t> slot_of_, keys_;
   int64_t slots_;
   std::vector<int32_t> relation_;  // [slot][direction][target]
-  std::vector<float> base_;
+  std::vector<float> base_, src_, room_;
   std::vector<int32_t> leader_of_;
 };
 

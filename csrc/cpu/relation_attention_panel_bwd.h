@@ -16,6 +16,7 @@ struct Saved {
 struct Gradients {
   Rows queries, keys, values;
   Logits dst, src, rel;
+  float* vectors[kSides];  // (H, C) in the place of src
 };
 
 // Where gradients of sources and relations add up: rows of values with their stride, rows of keys

@@ -532,7 +532,7 @@ class TestRegisteredOperators:
         if form == "dot":
             inputs = [inputs[2], *inputs[:2], inputs[3]]
         layout = windows(graph) if graph.is_implicit else bands.layout(graph).tensors
-        return (*inputs, list(layout), torch.tensor(3), 0.3, 0.2, within, 0.25, "cpu")
+        return (*inputs, list(layout), torch.tensor(3), 0.3, 0.2, within, False, 0.25, "cpu")
 
     @pytest.mark.parametrize("within", [False, True])
     @pytest.mark.parametrize("form", FORMS)
@@ -550,7 +550,7 @@ class TestRegisteredOperators:
     def test_lse(self, name):
         value, dst, src, rel, layout, _, *_ = self.arguments(name, "additive", False)
         graph = GRAPHS[name]()
-        options = (layout, None, 1.0, 0.2, False, 0.0, "cpu")
+        options = (layout, None, 1.0, 0.2, False, False, 0.0, "cpu")
         _, lse = torch.ops.rdfkern.relation_attn_fwd(value, dst, src, rel, *options)
         (source, target), kind = graph.to_edges()
         logit = (dst[target] + src[source] + rel[kind]).double()

@@ -329,7 +329,7 @@ def test_registered_operators_give_the_shapes_that_their_fakes_promise():
     checks = ("test_schema", "test_faketensor")
     cases = itertools.product(("rule, positions in any order", "list, bipartite"), (False, True))
     for name, within in cases:
-        graph, options = GRAPHS[name](), (None, 0.5, 1.0, within, 0.0, "cuda")
+        graph, options = GRAPHS[name](), (None, 0.5, 1.0, within, False, 0.0, "cuda")
         tensors = windows(graph) if graph.is_implicit else bands.layout(graph).tensors
         query, key, value, rel = inputs_of("dot", graph)
         given = (value, query, key, rel)

@@ -592,7 +592,7 @@ def test_opcheck(kind):
     inputs, grad = problem(graph, heads=1, width=5, depth=3)
     inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
     tensors = [inputs[name] for name in ("value", "query", "key", "logit_rel")]
-    rest = (list(made), torch.tensor(7), 0.5, 1.0, False, 0.25, "triton")
+    rest = (list(made), torch.tensor(7), 0.5, 1.0, False, False, 0.25, "triton")
     forward, backward = torch.ops.rdfkern.relation_attn_fwd, torch.ops.rdfkern.relation_attn_bwd
     torch.library.opcheck(forward.default, (*tensors, *rest))
     saved = forward(*tensors, *rest)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..._backends import jit
 from ..._backends.dispatch import Arguments
-from . import attention_gat, attention_op
+from . import attention_op
 from .bands import EdgeLists
 from .windows import Windows, too_many_rows
 
 relation_attention = partial(attention_op.relation_attention, impl="cuda")
 relation_dot_attention = partial(attention_op.relation_dot_attention, impl="cuda")
-relation_gat = partial(attention_gat.relation_gat, impl="cuda")
+relation_gat = partial(attention_op.relation_gat, impl="cuda")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Partial sums of drel: parts that keep any device busy, and what they may take. They do not depend

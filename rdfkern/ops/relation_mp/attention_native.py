@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..._backends import jit
 from ..._backends.dispatch import Arguments
-from . import attention_gat, attention_op
+from . import attention_op
 from .bands import EdgeLists
 from .windows import Windows, too_many_rows
 
 relation_attention = partial(attention_op.relation_attention, impl="cpu")
 relation_dot_attention = partial(attention_op.relation_dot_attention, impl="cpu")
-relation_gat = partial(attention_gat.relation_gat, impl="cpu")
+relation_gat = partial(attention_op.relation_gat, impl="cpu")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LANES = 16
@@ -37,16 +37,23 @@ def can_run(arguments: Arguments | None) -> str | None:
     return jit.unavailable("cpu", build=True)
 
 
+def takes_vectors(graph: Windows | EdgeLists) -> bool:
+    """Whether logits that are products with the values need not be made beforehand."""
+    return isinstance(graph, Windows)
+
+
 def forward(
     value: Tensor,
     dst: Tensor,
     src: Tensor,
     rel: Tensor,
     graph: Windows | EdgeLists,
+    *,
+    of_values: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), as `attention_op` says."""
-    out, lse = attention_op.empty_outputs(value, dst, options["within"])
+    out, lse = attention_op.empty_outputs(value, value if of_values else dst, options["within"])
     numbers = _numbers(**options)
     jit.load("cpu")
     if isinstance(graph, EdgeLists):
@@ -56,9 +63,12 @@ def forward(
         return out, lse
     moved = graph.order.numel() > 0
     if moved:
-        value, dst, src = (graph.rows(x) for x in (value, dst, src))
+        value = graph.rows(value)
+        if not of_values:
+            dst, src = graph.rows(dst), graph.rows(src)
+    inputs = [_read(x) for x in (value, dst, src, rel)]
     torch.ops.rdfkern._relation_attention_fwd_cpu.default(
-        _read(value), _read(dst), _read(src), _read(rel), *graph[1:], *numbers, out, lse
+        *inputs, *graph[1:], of_values, *numbers, out, lse
     )
     if moved:
         return graph.nodes(out), lse if options["within"] else graph.nodes(lse)
@@ -74,6 +84,8 @@ def backward(
     out: Tensor,
     lse: Tensor,
     graph: Windows | EdgeLists,
+    *,
+    of_values: bool = False,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """(dvalue, ddst, dsrc, drel), as `attention_op` says; always deterministic."""
@@ -99,7 +111,9 @@ def backward(
         return tuple(_as(dtype, gradient) for gradient in gradients)
     moved = graph.order.numel() > 0
     if moved:
-        grad_out, value, dst, src, out = (graph.rows(x) for x in (grad_out, value, dst, src, out))
+        grad_out, value, out = (graph.rows(x) for x in (grad_out, value, out))
+        if not of_values:
+            dst, src = graph.rows(dst), graph.rows(src)
         lse = lse if options["within"] else graph.rows(lse)
     torch.ops.rdfkern._relation_attention_bwd_cpu.default(
         _read(grad_out),
@@ -108,6 +122,7 @@ def backward(
         _read(src),
         _read(rel),
         *graph[1:],
+        of_values,
         *numbers,
         out,
         lse,
@@ -116,8 +131,10 @@ def backward(
     if dtype != torch.float32:
         gradients = [_as(dtype, gradient) for gradient in gradients]
     if moved:
-        *of_nodes, drel = gradients
-        return *(graph.nodes(gradient) for gradient in of_nodes), drel
+        dvalue, ddst, dsrc, drel = gradients
+        if not of_values:
+            ddst, dsrc = graph.nodes(ddst), graph.nodes(dsrc)
+        return graph.nodes(dvalue), ddst, dsrc, drel
     return tuple(gradients)
 
 

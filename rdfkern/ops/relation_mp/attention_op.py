@@ -12,6 +12,9 @@ at least 1 (there may still be no edges).
     dst, src: (N_dst, H) and (N_src, H), the additive form: the logit of edge e = (j -> i) is
         LeakyReLU(dst_i + src_j + rel_r) with `negative_slope`, and `scale` is 1. Or (N_dst, H, D)
         and (N_src, H, D), the dot form: scale * dst_i . src_j + rel_r, and `negative_slope` is 1.
+        A module whose `takes_vectors(graph)` is true gets the vectors of the operators'
+        `of_values` too, (H, C) each, and `of_values=True`: the logits are then value_i . dst and
+        value_j . src, and N_src == N_dst.
     rel: (R, H).
         All of one dtype (float16, bfloat16, float32; float64 if the kernel's predicate lets it
         in), any strides.
@@ -45,7 +48,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from . import bands
+from . import attention_gat, bands
 from .bands import EdgeLists
 from .graph import RelationGraph
 from .windows import Windows, windows
@@ -60,7 +63,7 @@ _modules: dict[str, Any] = {}
 _INPUTS = "Tensor value, Tensor dst, Tensor src, Tensor rel"
 _OPTIONS = (
     "Tensor[] graph, Tensor? seed, float scale, float negative_slope, bool within, "
-    "float dropout_p, str impl"
+    "bool of_values, float dropout_p, str impl"
 )
 torch.library.define(
     "rdfkern::relation_attn_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
@@ -85,8 +88,25 @@ def relation_attention(
     impl: str,
 ) -> Tensor:
     """The canonical arguments of `relation_attention`, computed by the kernel named `impl`."""
-    options = (1.0, negative_slope, softmax == "within", dropout_p, impl)
+    options = (1.0, negative_slope, softmax == "within", False, dropout_p, impl)
     return _attend(value, logit_dst, logit_src, logit_rel, graph, options)
+
+
+def relation_gat(
+    value: Tensor,
+    att_dst: Tensor,
+    att_src: Tensor,
+    logit_rel: Tensor,
+    graph: RelationGraph,
+    negative_slope: float,
+    softmax: str,
+    dropout_p: float,
+    *,
+    impl: str,
+) -> Tensor:
+    """The canonical arguments of `relation_gat`, computed by the kernel named `impl`."""
+    options = (1.0, negative_slope, softmax == "within", True, dropout_p, impl)
+    return _attend(value, att_dst, att_src, logit_rel, graph, options)
 
 
 def relation_dot_attention(
@@ -102,7 +122,7 @@ def relation_dot_attention(
     impl: str,
 ) -> Tensor:
     """The canonical arguments of `relation_dot_attention`, computed by the kernel named `impl`."""
-    options = (scale, 1.0, softmax == "within", dropout_p, impl)
+    options = (scale, 1.0, softmax == "within", False, dropout_p, impl)
     return _attend(value, query, key, logit_rel, graph, options)
 
 
@@ -112,23 +132,14 @@ def _attend(
     src: Tensor,
     rel: Tensor,
     graph: RelationGraph,
-    options: tuple[float, float, bool, float, str],
+    options: tuple[float, float, bool, bool, float, str],
 ) -> Tensor:
-    return _RelationAttention.apply(
-        value, dst, src, rel, new_seed(options[3]), options, *graph_tensors(graph)
-    )
-
-
-def graph_tensors(graph: RelationGraph) -> Sequence[Tensor]:
-    """What the operators take of a graph."""
-    return windows(graph) if graph.is_implicit else bands.layout(graph).tensors
-
-
-def new_seed(dropout_p: float) -> Tensor | None:
-    """Where dropout starts from, if there is any."""
+    *_, dropout_p, _ = options
     # A tensor, so that compiled code draws a new one in every call; on the CPU, where reading it
     # does not wait for an accelerator.
-    return torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
+    seed = torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
+    tensors = windows(graph) if graph.is_implicit else bands.layout(graph).tensors
+    return _RelationAttention.apply(value, dst, src, rel, seed, options, *tensors)
 
 
 class _RelationAttention(torch.autograd.Function):
@@ -174,8 +185,11 @@ def _forward(
     if not (value.numel() and dst.numel() and rel.numel()):
         out, lse = _fake_forward(value, dst, src, rel, graph, seed, *options)
         return out.zero_(), lse.fill_(float("-inf"))
-    kernels, named = _chosen(seed, *options)
-    return kernels.forward(value, dst, src, rel, _layout(graph), **named)
+    layout = _layout(graph)
+    kernels, named, of_values = _chosen(layout, seed, *options)
+    if of_values:
+        dst, src = attention_gat.logits(value, dst, src)
+    return kernels.forward(value, dst, src, rel, layout, **named)
 
 
 @torch.library.impl("rdfkern::relation_attn_bwd", ("cpu", "cuda"))
@@ -193,8 +207,14 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     if not (value.numel() and dst.numel() and rel.numel()):
         return tuple(x.new_zeros(x.shape) for x in (value, dst, src, rel))
-    kernels, named = _chosen(seed, *options)
-    return kernels.backward(grad_out, value, dst, src, rel, out, lse, _layout(graph), **named)
+    layout = _layout(graph)
+    kernels, named, of_values = _chosen(layout, seed, *options)
+    if not of_values:
+        return kernels.backward(grad_out, value, dst, src, rel, out, lse, layout, **named)
+    logits = attention_gat.logits(value, dst, src)
+    gradients = kernels.backward(grad_out, value, *logits, rel, out, lse, layout, **named)
+    *of_inputs, drel = gradients
+    return *attention_gat.gradients(value, dst, src, *of_inputs), drel
 
 
 @torch.library.register_fake("rdfkern::relation_attn_fwd")
@@ -208,10 +228,11 @@ def _fake_forward(
     scale: float,
     negative_slope: float,
     within: bool,
+    of_values: bool,
     dropout_p: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return empty_outputs(value, dst, within)
+    return empty_outputs(value, value if of_values else dst, within)
 
 
 @torch.library.register_fake("rdfkern::relation_attn_bwd")
@@ -222,7 +243,7 @@ def _fake_backward(
 
 
 def empty_outputs(value: Tensor, dst: Tensor, within: bool) -> tuple[Tensor, Tensor]:
-    """Memory for (out, lse)."""
+    """Memory for (out, lse); the first dims of `dst` are targets and heads."""
     rows, heads = dst.shape[:2]
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     out = value.new_empty((rows, *value.shape[1:]))
@@ -234,20 +255,26 @@ def _layout(graph: Sequence[Tensor]) -> Windows | EdgeLists:
 
 
 def _chosen(
+    graph: Windows | EdgeLists,
     seed: Tensor | None,
     scale: float,
     negative_slope: float,
     within: bool,
+    of_values: bool,
     dropout_p: float,
     impl: str,
-) -> tuple[Any, dict[str, Any]]:
-    """(kernel module, its options, the seed as a number)."""
+) -> tuple[Any, dict[str, Any], bool]:
+    """(kernel module, its options, whether logits of values must be made for it)."""
     if impl not in _modules:
         _modules[impl] = importlib.import_module(KERNELS[impl], package=__package__)
-    return _modules[impl], {
+    kernels = _modules[impl]
+    options = {
         "seed": None if seed is None else int(seed),
         "scale": scale,
         "negative_slope": negative_slope,
         "within": within,
         "dropout_p": dropout_p,
     }
+    if of_values and hasattr(kernels, "takes_vectors") and kernels.takes_vectors(graph):
+        return kernels, options | {"of_values": True}, False
+    return kernels, options, of_values

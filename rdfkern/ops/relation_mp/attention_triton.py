@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._backends.triton_utils import unit_stride
-from . import attention_gat, attention_op
+from . import attention_op
 from . import attention_triton_edges_launch as edge_launches
 from . import attention_triton_launch as launches
 from .bands import EdgeLists
@@ -25,7 +25,7 @@ from .windows import Windows
 
 relation_attention = partial(attention_op.relation_attention, impl="triton")
 relation_dot_attention = partial(attention_op.relation_dot_attention, impl="triton")
-relation_gat = partial(attention_gat.relation_gat, impl="triton")
+relation_gat = partial(attention_op.relation_gat, impl="triton")
 
 
 def forward(
