@@ -42,7 +42,7 @@ void weight_gradient(const View& view, const Gradients& given) {
       float* sums =
           in_place ? reinterpret_cast<float*>(target) : scratch.take(rows_of_sums * ldc);
       auto rows = reinterpret_cast<int32_t*>(scratch.take(size));
-      for (int64_t i = 0; i < rows_of_sums; ++i) std::fill_n(sums + i * ldc, sum_width, 0.0f);
+      bool is_first = true;
       for (auto at = works.begin(relation); at != works.end(relation); ++at) {
         const int64_t found =
             view.template aggregate<Op>(*at->tile, *at->work, aggregated, block * whole + first,
@@ -56,10 +56,14 @@ void weight_gradient(const View& view, const Gradients& given) {
           own = {gathered, ldt};
         }
         const Block sum_of{z, ldz}, &left = OF_X ? sum_of : own, &right = OF_X ? own : sum_of;
-        gemm<Order::kColumns, Update::kAdd, kLargestTile>(
+        (is_first ? gemm<Order::kColumns, Update::kOverwrite, kLargestTile>
+                  : gemm<Order::kColumns, Update::kAdd, kLargestTile>)(
             rows_of_sums, sum_width, found, left.data, left.stride, right.data, right.stride,
-            sums, ldc);
+            sums, ldc, nullptr, Nothing{}, kTileColumns);
+        is_first = false;
       }
+      for (int64_t i = 0; is_first && i < rows_of_sums; ++i)
+        std::fill_n(sums + i * ldc, sum_width, 0.0f);
       if (in_place) continue;
       for (int64_t i = 0; i < rows_of_sums; ++i)
         write_row(target + i * columns * bytes_of(type), type, OF_X ? columns : count,
