@@ -186,9 +186,12 @@ def _keeps_o2(impl: str, k: Tensor, cu_seqlens_k: Tensor | None, longest: int) -
     return backward_chunks(tasks, longest, cu_seqlens_k is not None, _num_threads()) > 1
 
 
-@torch.compiler.assume_constant_result
 def _num_threads() -> int:
     return torch.get_num_threads()
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo with this module.
+_num_threads._dynamo_marked_constant = True
 
 
 class _DiffAttention(torch.autograd.Function):
