@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.models.diffllama import modeling_diffllama
 
 from ..ops.diff_attention.api import diff_attention
@@ -106,6 +106,7 @@ def _needs_the_original(
     layer: nn.Module,
     hidden_states: Tensor,
     attention_mask: Tensor | None,
+    cache: Any,
     options: dict[str, Any],
 ) -> bool:
     if attention_mask is not None and not _serves_both_maps(attention_mask):
@@ -119,7 +120,7 @@ def _needs_the_original(
         not known
         or implementation.startswith("paged|")
         or output_attentions
-        or options.get("cache") is not None
+        or not isinstance(cache, Cache | None)  # a paged one
         or (layer.training and layer.attention_dropout > 0.0)
     ):
         return True
@@ -131,6 +132,13 @@ def _needs_the_original(
     if position_ids is None or hidden_states.shape[0] != 1 or position_ids.shape[-1] == 1:
         return False
     return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def _cache_of(positional: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The cache of a call: `cache` from transformers 5.24 on, `past_key_values` before, where
+    `cache` was a paged one; or the fourth argument."""
+    given = (*positional[:1], options.get("cache"), options.get("past_key_values"))
+    return next((cache for cache in given if cache is not None), None)
 
 
 def _serves_both_maps(attention_mask: Any) -> bool:
@@ -147,25 +155,21 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *positional: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if _needs_the_original(self, hidden_states, attention_mask, kwargs):
+        cache = _cache_of(positional, kwargs)
+        if _needs_the_original(self, hidden_states, attention_mask, cache, kwargs):
             return original(
-                self,
-                hidden_states,
-                position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
+                self, hidden_states, position_embeddings, attention_mask, *positional, **kwargs
             )
         q, k, v = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, 2H, Lq, d] and [B, 2Hkv, Lq, d]
         q, k = modeling_diffllama.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         is_causal = kwargs.get("is_causal")
         masks = masks_for(
             attention_mask,

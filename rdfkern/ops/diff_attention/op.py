@@ -190,7 +190,7 @@ def _num_threads() -> int:
     return torch.get_num_threads()
 
 
-# What torch.compiler.assume_constant_result does, which would import torch._dynamo with this module.
+# What torch.compiler.assume_constant_result does; that would import torch._dynamo with this module.
 _num_threads._dynamo_marked_constant = True
 
 
