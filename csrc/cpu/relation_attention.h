@@ -106,6 +106,21 @@ struct Problem {
   }
 };
 
+// What makes weights of the logits of a (target, head) again: exp(logit - base) * factor.
+class KeptSoftmax {
+ public:
+  KeptSoftmax(const Problem& problem, float* data)
+      : data_(data), heads_(problem.heads), size_(problem.nodes * problem.heads) {}
+  float& base(int64_t target, int64_t head) const { return data_[target * heads_ + head]; }
+  float& factor(int64_t target, int64_t head) const {
+    return data_[size_ + target * heads_ + head];
+  }
+
+ private:
+  float* data_;
+  int64_t heads_, size_;
+};
+
 struct Span {
   int64_t first, count;
   int64_t end() const { return first + count; }

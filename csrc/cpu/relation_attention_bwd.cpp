@@ -198,11 +198,12 @@ class Backward {
 void backward(const Tensor& grad_out, const Tensor& value, const Tensor& dst, const Tensor& src,
               const Tensor& rel, const Tensor& key, const Tensor& ranges, const Tensor& table,
               bool of_values, double scale, double negative_slope, bool within, double dropout_p,
-              int64_t seed, const Tensor& out, const Tensor& lse, const Tensor& dvalue,
+              int64_t seed, const Tensor& out, const Tensor& softmax, const Tensor& dvalue,
               const Tensor& ddst, const Tensor& dsrc, const Tensor& drel) {
   const Problem problem(value, dst, src, rel, key, ranges, table, of_values, scale, negative_slope,
                         within, dropout_p, seed);
-  const Saved saved{head_rows(grad_out), head_rows(out), static_cast<float*>(lse.data_ptr())};
+  const Saved saved{head_rows(grad_out), head_rows(out),
+                    KeptSoftmax(problem, static_cast<float*>(softmax.data_ptr()))};
   std::vector<float> to_targets;
   Gradients gradients;
   gradients.values = head_rows(dvalue);
@@ -231,7 +232,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
       "_relation_attention_bwd_cpu(Tensor grad_out, Tensor value, Tensor dst, Tensor src, "
       "Tensor rel, Tensor key, Tensor ranges, Tensor table, bool of_values, float scale, "
-      "float negative_slope, bool within, float dropout_p, int seed, Tensor out, Tensor lse, "
+      "float negative_slope, bool within, float dropout_p, int seed, Tensor out, Tensor softmax, "
       "Tensor(a!) dvalue, Tensor(b!) ddst, Tensor(c!) dsrc, Tensor(d!) drel) -> ()");
 }
 

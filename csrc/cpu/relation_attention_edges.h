@@ -105,7 +105,6 @@ class Row {
   int64_t first = 0, count = 0;
   std::vector<float> weights, factors;
   std::vector<char> falls;      // whether the LeakyReLU's argument is not positive
-  float lse = -kInfinity;
 
   void open(int64_t target_) {
     const Edges<Index>& edges = arguments_.edges;
@@ -132,14 +131,12 @@ class Row {
 
   void attend(int64_t head) {
     logits(head);
-    double base_of_all = 0;
     std::vector<float>& w = weights;
     for_each_group([&](int64_t begin, int64_t end) {
       float top = -kInfinity;
       for (int64_t e = begin; e < end; ++e) top = w[e] > top || w[e] != w[e] ? w[e] : top;
       const float base = top == -kInfinity ? 0.0f : top;
       for (int64_t e = begin; e < end; ++e) w[e] = (w[e] - base) * kLog2e;
-      base_of_all = base;
     });
     for (int64_t e = 0; e < count; e += kLanes) store(&w[e], exp2(load(&w[e])));
     for_each_group([&](int64_t begin, int64_t end) {
@@ -147,9 +144,7 @@ class Row {
       for (int64_t e = begin; e < end; ++e) total += w[e];
       const float inverse = total == 0 ? 0.0f : float(1.0 / total);
       for (int64_t e = begin; e < end; ++e) w[e] *= inverse;
-      lse = total == 0 ? -kInfinity : float(base_of_all + std::log(total));
     });
-    if (count == 0) lse = -kInfinity;
     if (arguments_.random.probability > 0)
       arguments_.dropout(head, first, count, factors.data());
     else

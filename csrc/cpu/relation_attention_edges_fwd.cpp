@@ -8,7 +8,7 @@ namespace rdfkern::relation_attention {
 namespace {
 
 template <class Index>
-void attend(const Arguments<Index>& arguments, const Rows& out, float* lse) {
+void attend(const Arguments<Index>& arguments, const Rows& out) {
   const Edges<Index>& edges = arguments.edges;
   const Matrix& values = arguments.values;
   for_each_part(parts_of(edges.dst_start, edges.num_dst, kParts),
@@ -23,7 +23,6 @@ void attend(const Arguments<Index>& arguments, const Rows& out, float* lse) {
             row.count, values.width, [&](int64_t e) { return row.weights[e] * row.factors[e]; },
             [&](int64_t e) { return values.at(row.source(e), head); }, sums.data());
         write_row(out.at(0, head, target), out.type, arguments.value_dim, sums.data());
-        if (!arguments.within) lse[target * arguments.heads + head] = row.lse;
       }
     }
   });
@@ -31,13 +30,12 @@ void attend(const Arguments<Index>& arguments, const Rows& out, float* lse) {
 
 void forward(const std::vector<Tensor>& lists, const Tensor& value, const Tensor& dst,
              const Tensor& src, const Tensor& rel, int64_t value_dim, int64_t depth, double scale,
-             double negative_slope, bool within, double dropout_p, int64_t seed, const Tensor& out,
-             const Tensor& lse) {
+             double negative_slope, bool within, double dropout_p, int64_t seed, const Tensor& out) {
   with_index(lists, [&](auto index) {
     const auto arguments =
         arguments_of<decltype(index)>(lists, value, dst, src, rel, value_dim, depth, scale,
                                       negative_slope, within, dropout_p, seed);
-    attend(arguments, head_rows(out), static_cast<float*>(lse.data_ptr()));
+    attend(arguments, head_rows(out));
   });
 }
 
@@ -48,7 +46,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
       "_relation_attention_edges_fwd_cpu(Tensor[] lists, Tensor value, Tensor dst, Tensor src, "
       "Tensor rel, int value_dim, int depth, float scale, float negative_slope, bool within, "
-      "float dropout_p, int seed, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "float dropout_p, int seed, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rdfkern, CPU, m) {

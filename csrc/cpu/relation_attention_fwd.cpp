@@ -43,8 +43,8 @@ struct Softmax {
 
 class Forward {
  public:
-  Forward(const Problem& problem, const Rows& out, float* lse)
-      : problem_(problem), out_(out), lse_(lse) {
+  Forward(const Problem& problem, const Rows& out, float* softmax)
+      : problem_(problem), out_(out), kept_(problem, softmax) {
     for (int64_t row = 0; row < problem.nodes;) {
       const Span segment{row, segment_end(problem, row) - row};
       for (const Span& panel : panels_of(problem, segment)) panels_.push_back(panel);
@@ -200,11 +200,11 @@ class Forward {
       float* row = worker.products + i * problem_.value_width;
       if (!problem_.within) {
         const bool alive = softmax.maxima[i] != -kInfinity;
-        const Vec inverse = broadcast(alive ? 1.0f / softmax.sums[i] : 0.0f);
+        const float inverse = alive ? 1.0f / softmax.sums[i] : 0.0f;
         for (int64_t d = 0; d < problem_.value_width; d += kLanes)
           store(row + d, load(row + d) * inverse);
-        const float lse = softmax.maxima[i] + std::log(softmax.sums[i]);
-        lse_[target * problem_.heads + panel.head] = alive ? lse : -kInfinity;
+        kept_.base(target, panel.head) = alive ? softmax.maxima[i] : kInfinity;
+        kept_.factor(target, panel.head) = inverse;
       }
       write_row(out_.at(0, panel.head, target), out_.type, problem_.value_dim, row);
     }
@@ -212,7 +212,7 @@ class Forward {
 
   const Problem& problem_;
   const Rows out_;
-  float* lse_;
+  const KeptSoftmax kept_;
   std::vector<Span> panels_;
   int64_t widest_ = 0;
 };
@@ -220,10 +220,10 @@ class Forward {
 void forward(const Tensor& value, const Tensor& dst, const Tensor& src, const Tensor& rel,
              const Tensor& key, const Tensor& ranges, const Tensor& table, bool of_values,
              double scale, double negative_slope, bool within, double dropout_p, int64_t seed,
-             const Tensor& out, const Tensor& lse) {
+             const Tensor& out, const Tensor& softmax) {
   const Problem problem(value, dst, src, rel, key, ranges, table, of_values, scale, negative_slope,
                         within, dropout_p, seed);
-  Forward(problem, head_rows(out), static_cast<float*>(lse.data_ptr())).run();
+  Forward(problem, head_rows(out), static_cast<float*>(softmax.data_ptr())).run();
 }
 
 }  // namespace
@@ -233,7 +233,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
       "_relation_attention_fwd_cpu(Tensor value, Tensor dst, Tensor src, Tensor rel, Tensor key, "
       "Tensor ranges, Tensor table, bool of_values, float scale, float negative_slope, "
-      "bool within, float dropout_p, int seed, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "bool within, float dropout_p, int seed, Tensor(a!) out, Tensor(b!) softmax) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rdfkern, CPU, m) {

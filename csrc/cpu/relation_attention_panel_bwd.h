@@ -10,7 +10,7 @@ constexpr int64_t kWholeSources = 256;  // so many fit into one block, which the
 
 struct Saved {
   Rows grad_out, out;
-  const float* lse;  // (N, H)
+  KeptSoftmax softmax;
 };
 
 struct Gradients {
@@ -176,13 +176,13 @@ class PanelGradients {
   void saved_statistics() {
     for (int64_t i = 0; i < panel_.columns(); ++i) {
       bases_[i] = kInfinity;
-      inverses_[i] = 1.0f;
+      inverses_[i] = 0.0f;
       deltas_[i] = 0.0f;
       if (i >= panel_.targets.count) continue;
       const int64_t target = panel_.targets.first + i;
-      const float lse = saved_.lse[target * problem_.heads + head()];
-      if (lse == -kInfinity) continue;
-      bases_[i] = lse;
+      bases_[i] = saved_.softmax.base(target, head());
+      inverses_[i] = saved_.softmax.factor(target, head());
+      if (bases_[i] == kInfinity) continue;
       read_row(saved_.out.at(0, head(), target), saved_.out.type, problem_.value_dim,
                row_);
       Vec delta = {};

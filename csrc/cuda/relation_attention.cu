@@ -54,21 +54,21 @@ EdgePairs edge_pairs(const Tensor& start, const Tensor& other, const Tensor& rel
 }
 
 template <class Pairs>
-void forward(const Pairs& pairs, const Attention& given, const Tensor& out, const Tensor& lse) {
-  const AttentionOutputs outputs{head_rows_of(out), static_cast<float*>(lse.data_ptr())};
+void forward(const Pairs& pairs, const Attention& given, const Tensor& out) {
   Launcher(out).run<NoMemory>(attention_forward_kernel<Pairs>,
                               tiles_of(pairs.rows * given.heads, kThreads / kLanes), pairs, given,
-                              outputs);
+                              head_rows_of(out));
 }
 
 template <class Pairs>
 void backward(const Pairs& targets, const Pairs& sources, const Attention& given,
               const Tensor& grad_out, const Tensor& softmax, const Tensor& dvalue,
               const Tensor& ddst, const Tensor& dsrc, const Tensor& drel) {
-  auto lse = static_cast<float*>(softmax.data_ptr());
+  auto statistics = static_cast<float*>(softmax.data_ptr());
   const AttentionGradients gradients{head_rows_of(grad_out),
-                                     lse,
-                                     lse + softmax.stride(0),
+                                     statistics,
+                                     statistics + softmax.stride(0),
+                                     statistics + 2 * softmax.stride(0),
                                      static_cast<float*>(drel.data_ptr()),
                                      head_rows_of(dvalue),
                                      head_rows_of(ddst),
@@ -87,19 +87,17 @@ void backward(const Pairs& targets, const Pairs& sources, const Attention& given
 void forward_windows(const Tensor& value, const Tensor& dst, const Tensor& src, const Tensor& rel,
                      const Tensor& key, const Tensor& ranges, const Tensor& table, double scale,
                      double negative_slope, bool within, double dropout_p, int64_t seed,
-                     const Tensor& out, const Tensor& lse) {
+                     const Tensor& out) {
   forward(window_pairs(key, ranges, table, rel.size(0), false),
-          attention_of(value, dst, src, rel, scale, negative_slope, within, dropout_p, seed), out,
-          lse);
+          attention_of(value, dst, src, rel, scale, negative_slope, within, dropout_p, seed), out);
 }
 
 void forward_edges(const Tensor& value, const Tensor& dst, const Tensor& src, const Tensor& rel,
                    const Tensor& start, const Tensor& other, const Tensor& relation,
                    const Tensor& edge, double scale, double negative_slope, bool within,
-                   double dropout_p, int64_t seed, const Tensor& out, const Tensor& lse) {
+                   double dropout_p, int64_t seed, const Tensor& out) {
   forward(edge_pairs(start, other, relation, edge, false),
-          attention_of(value, dst, src, rel, scale, negative_slope, within, dropout_p, seed), out,
-          lse);
+          attention_of(value, dst, src, rel, scale, negative_slope, within, dropout_p, seed), out);
 }
 
 void backward_windows(const Tensor& grad_out, const Tensor& value, const Tensor& dst,
@@ -134,12 +132,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
       "_relation_attention_windows_fwd_cuda(Tensor value, Tensor dst, Tensor src, Tensor rel, "
       "Tensor key, Tensor ranges, Tensor table, float scale, float negative_slope, bool within, "
-      "float dropout_p, int seed, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "float dropout_p, int seed, Tensor(a!) out) -> ()");
   m.def(
       "_relation_attention_edges_fwd_cuda(Tensor value, Tensor dst, Tensor src, Tensor rel, "
       "Tensor start, Tensor other, Tensor relation, Tensor edge, float scale, "
-      "float negative_slope, bool within, float dropout_p, int seed, Tensor(a!) out, "
-      "Tensor(b!) lse) -> ()");
+      "float negative_slope, bool within, float dropout_p, int seed, Tensor(a!) out) -> ()");
   m.def(
       "_relation_attention_windows_bwd_cuda(Tensor grad_out, Tensor value, Tensor dst, Tensor src, "
       "Tensor rel, Tensor key, Tensor ranges, Tensor table, float scale, float negative_slope, "

@@ -48,16 +48,11 @@ struct Attention {
   __device__ float slope(float before) const { return before > 0.0f ? 1.0f : negative_slope; }
 };
 
-struct AttentionOutputs {
-  Rows out;
-  float* lse;  // (target, head); not written within relations
-};
-
 struct AttentionGradients {
   Rows grad_out;
-  // (place, head): log of the sum of exp, and sum of weight times its gradient, of every softmax.
-  // A softmax across relations stands at its target.
-  float *lse, *delta;
+  // (place, head): of every softmax what is subtracted from its logits, the inverse of the sum of
+  // exp, and the sum of weight times its gradient. A softmax across relations stands at its target.
+  float *base, *inverse, *delta;
   float* drel;  // (chunks, relation, head) partial sums, zeros at first
   Rows dvalue, ddst, dsrc;
   int chunks, relations;
@@ -78,7 +73,6 @@ struct OnlineSoftmax {
     return weight;
   }
   __device__ float inverse() const { return total == 0.0f ? 0.0f : 1.0f / total; }
-  __device__ float lse() const { return total == 0.0f ? kHiddenLogit : top + logf(total); }
 };
 
 __device__ inline void add_row(float weight, const Rows& rows, int64_t row, int head, int first,
@@ -105,7 +99,7 @@ template <class Pairs>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_forward_kernel(const __grid_constant__ Pairs pairs,
                              const __grid_constant__ Attention given,
-                             const __grid_constant__ AttentionOutputs outputs) {
+                             const __grid_constant__ Rows out) {
   const int64_t row = warp_of_grid() / given.heads;
   const int head = warp_of_grid() % given.heads;
   if (row >= pairs.rows) return;
@@ -135,10 +129,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
 #pragma unroll
       for (int n = 0; n < kLaneColumns; ++n) sums[n] = fmaf(parts[n], softmax.inverse(), sums[n]);
-      if (!given.within && first == 0 && lane_of_thread() == 0)
-        outputs.lse[row * given.heads + head] = softmax.lse();
     });
-    write_row(sums, 1.0f, outputs.out, row, head, first, given.value_dim);
+    write_row(sums, 1.0f, out, row, head, first, given.value_dim);
   }
 }
 
@@ -170,10 +162,10 @@ struct EdgeWeight {
                         const EdgeTerms& terms) {
     if (!pair.exists()) return;
     const int64_t place = given.within ? pairs.place_within(pair) : pair.target;
-    const float lse = gradients.lse[place * given.heads + head];
-    probability = lse == kHiddenLogit ? 0.0f : expf(terms.logit - lse);
-    const float delta = gradients.delta[place * given.heads + head];
-    gradient = probability * (terms.reaching - delta) * terms.slope;
+    const int64_t at = place * given.heads + head;
+    const float inverse = gradients.inverse[at];
+    probability = inverse == 0.0f ? 0.0f : expf(terms.logit - gradients.base[at]) * inverse;
+    gradient = probability * (terms.reaching - gradients.delta[at]) * terms.slope;
   }
 };
 
@@ -190,7 +182,7 @@ __device__ inline void add_to_relations(float gradient, int relation, float* par
   }
 }
 
-// lse and delta of every softmax of a target.
+// base, inverse and delta of every softmax of a target.
 template <class Pairs>
 __device__ inline void keep_softmaxes(const Pairs& pairs, const Attention& given,
                                       const AttentionGradients& gradients, int64_t row, int head) {
@@ -207,8 +199,10 @@ __device__ inline void keep_softmaxes(const Pairs& pairs, const Attention& given
     }
     delta = sum_of_warp(delta) * softmax.inverse();
     const auto keep = [&](int64_t place) {
-      gradients.lse[place * given.heads + head] = softmax.lse();
-      gradients.delta[place * given.heads + head] = delta;
+      const int64_t at = place * given.heads + head;
+      gradients.base[at] = softmax.top;
+      gradients.inverse[at] = softmax.inverse();
+      gradients.delta[at] = delta;
     };
     const int lane = lane_of_thread();
     if (given.within && Pairs::kSoftmaxByEdge) {
@@ -222,7 +216,7 @@ __device__ inline void keep_softmaxes(const Pairs& pairs, const Attention& given
   __syncwarp();
 }
 
-// A warp has every chunks-th target: lse, delta, ddst, and its own part of drel.
+// A warp has every chunks-th target: its softmaxes, ddst, and its own part of drel.
 template <class Pairs>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_targets_kernel(const __grid_constant__ Pairs pairs,

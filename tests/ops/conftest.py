@@ -15,16 +15,19 @@ import rdfkern
 from rdfkern import csrc
 
 
-def correct_bfloat16() -> None:
-    """Round float32 to bfloat16 to nearest even, and multiply bfloat16 tiles by their values.
+def correct_arithmetic() -> None:
+    """Round float32 to bfloat16 to nearest even, multiply bfloat16 tiles by their values, and sum
+    products in one order.
 
     Triton's interpreter, up to 3.9, truncates the one and multiplies the bit patterns of the other.
+    It leaves the order to numpy's BLAS, where it depends on layout and processor: backward would
+    make other scores than forward did. A sum in float64 rounds once, whatever its order.
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    convert = interpreter._convert_float
 
     def convert_float(data, source, target, rounding_mode):
         if (source, target) == (tl.bfloat16, tl.float32):
@@ -35,9 +38,10 @@ def correct_bfloat16() -> None:
             return np.where(np.isnan(data), np.uint32(0x7FC0), rounded).astype(np.uint16)
         return convert(data, source, target, rounding_mode)
 
-    def create_dot(self, a, b, *rest):
+    def create_dot(self, a, b, addend, *precision):
         a, b = (self.cast_impl(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b))
-        return dot(self, a, b, *rest)
+        product = np.matmul(a.data, b.data, dtype=np.float64) + addend.data
+        return interpreter.TensorHandle(product.astype(addend.data.dtype), addend.dtype.scalar)
 
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
@@ -69,7 +73,7 @@ def patch_the_language_once() -> None:
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    correct_bfloat16()
+    correct_arithmetic()
     patch_the_language_once()
 
 

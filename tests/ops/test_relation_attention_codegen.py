@@ -58,20 +58,21 @@ def launch(
         rows, side, side, meta(relations, heads, dtype=dtype), graph,
         seed=2**40, scale=0.1, negative_slope=0.2, within=within, dropout_p=dropout_p,
     )  # fmt: skip
-    lse, of_edges = meta(NODES, heads), meta(EDGES, heads)
+    delta, softmax, of_edges = meta(NODES, heads), meta(2, NODES, heads), meta(EDGES, heads)
     if kernel == "forward":
-        return launches.windows_forward_launch(problem, rows, lse)
-    softmax = launches.new_softmax(problem, lse) if within else None
+        return launches.windows_forward_launch(problem, rows, softmax)
+    if within and kernel in GATED:
+        delta, softmax = None, launches.new_softmax(problem)
     if kernel == "targets" and within:
-        parts = launches.new_window_parts(problem, lse)
+        parts = launches.new_window_parts(problem)
         return launches.windows_within_by_target_launch(problem, rows, softmax, side, parts)
     if kernel == "targets":
-        parts = launches.new_window_parts(problem, lse)
-        return launches.windows_by_target_launch(problem, rows, rows, lse, lse, side, parts)
+        parts = launches.new_window_parts(problem)
+        return launches.windows_by_target_launch(problem, rows, rows, softmax, delta, side, parts)
     if kernel == "sources":
-        return launches.windows_by_source_launch(problem, rows, lse, lse, softmax, rows, side)
+        return launches.windows_by_source_launch(problem, rows, softmax, delta, rows, side)
     if kernel == "edges forward":
-        return edge_launches.edges_forward_launch(problem, rows, lse)
+        return edge_launches.edges_forward_launch(problem, rows)
     if kernel == "edges by target":
         return edge_launches.edges_by_target_launch(problem, rows, of_edges, of_edges, side)
     if kernel == "edges by source":

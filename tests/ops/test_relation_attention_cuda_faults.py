@@ -69,10 +69,10 @@ WRONG = {
     "nothing but -inf": (KERNELS, "highest == kHiddenLogit ? 0.0f : highest", "highest"),
     "a slope of 1 in backward": (
         KERNELS,
-        "(terms.reaching - delta) * terms.slope",
-        "(terms.reaching - delta)",
+        "(terms.reaching - gradients.delta[at]) * terms.slope",
+        "(terms.reaching - gradients.delta[at])",
     ),
-    "lse without its maximum": (KERNELS, "top + logf(total)", "logf(total)"),
+    "weights without their maximum": (KERNELS, "[at] = softmax.top;", "[at] = 0.0f;"),
     "delta without dropout": (
         KERNELS,
         "reaching = kept * Attention::product",

@@ -50,16 +50,16 @@ MUTANTS = {
         "slopes = tl.where(rises, slopes, slopes)",
         "complete-additive",
     ),
-    "factor of the whole exponent forgotten": (
+    "the sum of the weights forgotten": (
         TILES,
-        "exponent), tl.math.exp2(exponent - exact)",
-        "exponent), tl.math.exp2(exponent - exponent)",
+        "tl.where(dead, 0.0, 1.0 / sums)",
+        "tl.where(dead, 0.0, 1.0)",
         "complete-additive",
     ),
     "dead rows not a number": (
         TILES,
-        "tl.where(dead, 0.0, lse",
-        "tl.where(dead, lse, lse",
+        'tl.where(dead, float("inf"), peak)',
+        "peak",
         "minus",
     ),
     "dropped weights not scaled up": (
@@ -105,7 +105,7 @@ MUTANTS = {
         "inside = rows >= 0",
         "complete",
     ),
-    "rows instead of nodes": (FORWARD, "lse_ptr + nodes", "lse_ptr + rows", "positions"),
+    "rows instead of nodes": (FORWARD, "softmax_ptr + nodes", "softmax_ptr + rows", "positions"),
     "scale left out of dquery": (TARGETS, "own_grads * scale", "own_grads", "window-dot"),
     "D of another head": (
         SOURCES,

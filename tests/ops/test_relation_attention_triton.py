@@ -457,8 +457,8 @@ def test_indices_of_64_bits():
     assert narrow[0].dtype == torch.int32
     results = []
     for lists in (bands.EdgeLists(*narrow), bands.EdgeLists(*(x.long() for x in narrow))):
-        out, lse = attention_triton.forward(*tensors, lists, **options)
-        saved = (out, lse, lists)
+        out, softmax = attention_triton.forward(*tensors, lists, **options)
+        saved = (out, softmax, lists)
         results.append((out, *attention_triton.backward(grad, *tensors, *saved, **options)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -618,8 +618,8 @@ def test_nothing_is_read_on_the_host(monkeypatch):
             grad, *tensors = (x.to("meta") for x in (grad, *inputs.values()))
             options = {"scale": 1.0, "negative_slope": 0.2, "within": False}
             options |= {"dropout_p": 0.1, "seed": 3}
-            out, lse = attention_triton.forward(*tensors, made, **options)
-            attention_triton.backward(grad, *tensors, out, lse, made, **options)
+            out, softmax = attention_triton.forward(*tensors, made, **options)
+            attention_triton.backward(grad, *tensors, out, softmax, made, **options)
         grids.append(launched.copy())
         launched.clear()
     assert len(grids[0]) == 6 and grids[0] == grids[1]

@@ -242,8 +242,8 @@ def test_opcheck(explicit):
     arguments = (*inputs_of(graph), list(layout), torch.tensor(3), 1.0, 0.2, False, True, 0.25)
     arguments = (*arguments, "cpu")
     torch.library.opcheck(torch.ops.rdfkern.relation_attn_fwd.default, arguments)
-    out, lse = torch.ops.rdfkern.relation_attn_fwd(*arguments)
-    backward = (torch.ones_like(out), *arguments[:4], out, lse, *arguments[4:])
+    out, softmax = torch.ops.rdfkern.relation_attn_fwd(*arguments)
+    backward = (torch.ones_like(out), *arguments[:4], out, softmax, *arguments[4:])
     torch.library.opcheck(torch.ops.rdfkern.relation_attn_bwd.default, backward)
 
 

@@ -47,19 +47,19 @@ def forward(
     graph: Windows | EdgeLists,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), as `attention_op` says."""
-    out, lse = attention_op.empty_outputs(value, dst, options["within"])
+    """(out, softmax), as `attention_op` says."""
+    out, softmax = attention_op.empty_outputs(value, dst, kept=False)
     numbers = _numbers(**options)
     jit.load("cuda")
     if isinstance(graph, EdgeLists):
         inputs = [_unit_stride(x) for x in (value, dst, src, rel)]
         torch.ops.rdfkern._relation_attention_edges_fwd_cuda(
-            *inputs, *_by_target(graph), *numbers, out, lse
+            *inputs, *_by_target(graph), *numbers, out
         )
-        return out, lse
+        return out, softmax
     inputs = [_unit_stride(x) for x in (*(graph.rows(x) for x in (value, dst, src)), rel)]
-    torch.ops.rdfkern._relation_attention_windows_fwd_cuda(*inputs, *graph[1:], *numbers, out, lse)
-    return graph.nodes(out), lse if options["within"] else graph.nodes(lse)
+    torch.ops.rdfkern._relation_attention_windows_fwd_cuda(*inputs, *graph[1:], *numbers, out)
+    return graph.nodes(out), softmax
 
 
 def backward(
@@ -69,13 +69,13 @@ def backward(
     src: Tensor,
     rel: Tensor,
     out: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     graph: Windows | EdgeLists,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """(dvalue, ddst, dsrc, drel), as `attention_op` says; always deterministic.
 
-    Every softmax takes two numbers for each head: one softmax per target across relations; within
+    Every softmax takes three numbers for each head: one softmax per target across relations; within
     them, one per (target, relation) of an implicit graph and one per edge of an explicit one.
     """
     numbers = _numbers(**options)
@@ -85,7 +85,7 @@ def backward(
     if options["within"]:
         explicit = isinstance(graph, EdgeLists)
         softmaxes = graph.dst_edge.shape[0] if explicit else softmaxes * relations
-    softmax = value.new_empty((2, softmaxes, heads), dtype=torch.float32)
+    softmax = value.new_empty((3, softmaxes, heads), dtype=torch.float32)
     chunks = max(1, min(_CHUNKS, dst.shape[0], _PARTIAL_ELEMENTS // (relations * heads)))
     drel = value.new_zeros((chunks, relations, heads), dtype=torch.float32)
     filled = (softmax, *gradients, drel)

@@ -52,15 +52,16 @@ def forward(
     of_values: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), as `attention_op` says."""
-    out, lse = attention_op.empty_outputs(value, value if of_values else dst, options["within"])
+    """(out, softmax), as `attention_op` says."""
+    kept = attention_op.keeps_softmax("cpu", len(graph), options["within"])
+    out, softmax = attention_op.empty_outputs(value, value if of_values else dst, kept)
     numbers = _numbers(**options)
     jit.load("cpu")
     if isinstance(graph, EdgeLists):
         torch.ops.rdfkern._relation_attention_edges_fwd_cpu(
-            *_edge_inputs(value, dst, src, rel, graph), *numbers, out, lse
+            *_edge_inputs(value, dst, src, rel, graph), *numbers, out
         )
-        return out, lse
+        return out, softmax
     moved = graph.order.numel() > 0
     if moved:
         value = graph.rows(value)
@@ -68,11 +69,11 @@ def forward(
             dst, src = graph.rows(dst), graph.rows(src)
     inputs = [_read(x) for x in (value, dst, src, rel)]
     torch.ops.rdfkern._relation_attention_fwd_cpu.default(
-        *inputs, *graph[1:], of_values, *numbers, out, lse
+        *inputs, *graph[1:], of_values, *numbers, out, softmax
     )
     if moved:
-        return graph.nodes(out), lse if options["within"] else graph.nodes(lse)
-    return out, lse
+        return graph.nodes(out), softmax
+    return out, softmax
 
 
 def backward(
@@ -82,7 +83,7 @@ def backward(
     src: Tensor,
     rel: Tensor,
     out: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     graph: Windows | EdgeLists,
     *,
     of_values: bool = False,
@@ -114,7 +115,6 @@ def backward(
         grad_out, value, out = (graph.rows(x) for x in (grad_out, value, out))
         if not of_values:
             dst, src = graph.rows(dst), graph.rows(src)
-        lse = lse if options["within"] else graph.rows(lse)
     torch.ops.rdfkern._relation_attention_bwd_cpu.default(
         _read(grad_out),
         _read(value),
@@ -125,7 +125,7 @@ def backward(
         of_values,
         *numbers,
         out,
-        lse,
+        softmax,
         *gradients,
     )
     if dtype != torch.float32:

@@ -6,7 +6,7 @@ torch.export see. They choose the kernel inside, by name. A kernel module holds 
 at least 1 (there may still be no edges).
 
     forward(value, dst, src, rel, graph, *, seed, scale, negative_slope, within, dropout_p)
-        -> (out, lse)
+        -> (out, softmax)
 
     value: (N_src, H, C).
     dst, src: (N_dst, H) and (N_src, H), the additive form: the logit of edge e = (j -> i) is
@@ -27,10 +27,11 @@ at least 1 (there may still be no edges).
         number of the edge) alone, so that backward can draw it again.
     out: (N_dst, H, C) contiguous, of value's dtype; softmax and sums are float32 (float64) inside.
         A softmax without edges, or of -inf only, gives 0.
-    lse: (N_dst, H) float32 (float64), log of the sum of exp of a target's logits, -inf for none;
-        (0,) under `within`.
+    softmax: (2, N_dst, H) float32 (float64), what makes weights of a target's logits again: what
+        is subtracted from them, and a factor. (0,) where backward makes it anew: under `within`, on
+        lists of edges, and in a module that is not in KEEPS_SOFTMAX.
 
-    backward(grad_out, value, dst, src, rel, out, lse, graph, *, <the same>)
+    backward(grad_out, value, dst, src, rel, out, softmax, graph, *, <the same>)
         -> (dvalue, ddst, dsrc, drel)
 
     grad_out: (N_dst, H, C) of value's dtype, any strides. The gradients are contiguous and have
@@ -58,6 +59,7 @@ KERNELS = {
     "cpu": ".attention_native",
     "cuda": ".attention_cuda",
 }
+KEEPS_SOFTMAX = ("triton", "cpu")
 _modules: dict[str, Any] = {}
 
 _INPUTS = "Tensor value, Tensor dst, Tensor src, Tensor rel"
@@ -66,11 +68,11 @@ _OPTIONS = (
     "bool of_values, float dropout_p, str impl"
 )
 torch.library.define(
-    "rdfkern::relation_attn_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
+    "rdfkern::relation_attn_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor softmax)"
 )
 torch.library.define(
     "rdfkern::relation_attn_bwd",
-    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> "
+    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor softmax, {_OPTIONS}) -> "
     "(Tensor dvalue, Tensor ddst, Tensor dsrc, Tensor drel)",
 )
 
@@ -154,10 +156,10 @@ class _RelationAttention(torch.autograd.Function):
         options: tuple[Any, ...],
         *graph: Tensor,
     ) -> Tensor:
-        out, lse = torch.ops.rdfkern.relation_attn_fwd(
+        out, softmax = torch.ops.rdfkern.relation_attn_fwd(
             value, dst, src, rel, list(graph), seed, *options
         )
-        ctx.save_for_backward(value, dst, src, rel, out, lse, seed, *graph)
+        ctx.save_for_backward(value, dst, src, rel, out, softmax, seed, *graph)
         ctx.options = options
         return out
 
@@ -183,8 +185,8 @@ def _forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     if not (value.numel() and dst.numel() and rel.numel()):
-        out, lse = _fake_forward(value, dst, src, rel, graph, seed, *options)
-        return out.zero_(), lse.fill_(float("-inf"))
+        out, softmax = _fake_forward(value, dst, src, rel, graph, seed, *options)
+        return out.zero_(), softmax.zero_()
     layout = _layout(graph)
     kernels, named, of_values = _chosen(layout, seed, *options)
     if of_values:
@@ -200,7 +202,7 @@ def _backward(
     src: Tensor,
     rel: Tensor,
     out: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     graph: Sequence[Tensor],
     seed: Tensor | None,
     *options: Any,
@@ -210,9 +212,9 @@ def _backward(
     layout = _layout(graph)
     kernels, named, of_values = _chosen(layout, seed, *options)
     if not of_values:
-        return kernels.backward(grad_out, value, dst, src, rel, out, lse, layout, **named)
+        return kernels.backward(grad_out, value, dst, src, rel, out, softmax, layout, **named)
     logits = attention_gat.logits(value, dst, src)
-    gradients = kernels.backward(grad_out, value, *logits, rel, out, lse, layout, **named)
+    gradients = kernels.backward(grad_out, value, *logits, rel, out, softmax, layout, **named)
     *of_inputs, drel = gradients
     return *attention_gat.gradients(value, dst, src, *of_inputs), drel
 
@@ -232,7 +234,8 @@ def _fake_forward(
     dropout_p: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return empty_outputs(value, value if of_values else dst, within)
+    kept = keeps_softmax(impl, len(graph), within)
+    return empty_outputs(value, value if of_values else dst, kept)
 
 
 @torch.library.register_fake("rdfkern::relation_attn_bwd")
@@ -242,12 +245,17 @@ def _fake_backward(
     return tuple(x.new_empty(x.shape) for x in (value, dst, src, rel))
 
 
-def empty_outputs(value: Tensor, dst: Tensor, within: bool) -> tuple[Tensor, Tensor]:
-    """Memory for (out, lse); the first dims of `dst` are targets and heads."""
+def keeps_softmax(impl: str, tensors: int, within: bool) -> bool:
+    """Whether the forward of a module keeps it, on a graph of so many tensors."""
+    return impl in KEEPS_SOFTMAX and tensors == len(Windows._fields) and not within
+
+
+def empty_outputs(value: Tensor, dst: Tensor, kept: bool) -> tuple[Tensor, Tensor]:
+    """Memory for (out, softmax); the first dims of `dst` are targets and heads."""
     rows, heads = dst.shape[:2]
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     out = value.new_empty((rows, *value.shape[1:]))
-    return out, value.new_empty((0,) if within else (rows, heads), dtype=wide)
+    return out, value.new_empty((2, rows, heads) if kept else (0,), dtype=wide)
 
 
 def _layout(graph: Sequence[Tensor]) -> Windows | EdgeLists:

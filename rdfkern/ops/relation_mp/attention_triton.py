@@ -36,14 +36,15 @@ def forward(
     graph: Windows | EdgeLists,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), as `attention_op` says."""
+    """(out, softmax), as `attention_op` says."""
     problem = launches.describe(value, dst, src, rel, graph, **options)
-    out, lse = attention_op.empty_outputs(value, dst, options["within"])
+    kept = attention_op.keeps_softmax("triton", len(graph), problem.within)
+    out, softmax = attention_op.empty_outputs(value, dst, kept)
     if isinstance(graph, Windows):
-        launches.windows_forward_launch(problem, out, lse).run(value.device)
+        launches.windows_forward_launch(problem, out, softmax).run(value.device)
     else:
-        edge_launches.edges_forward_launch(problem, out, lse).run(value.device)
-    return out, lse
+        edge_launches.edges_forward_launch(problem, out).run(value.device)
+    return out, softmax
 
 
 def backward(
@@ -53,7 +54,7 @@ def backward(
     src: Tensor,
     rel: Tensor,
     out: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     graph: Windows | EdgeLists,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,18 +64,19 @@ def backward(
     dvalue, ddst, dsrc = (x.new_empty(x.shape) for x in (value, dst, src))
     if isinstance(graph, Windows) and problem.within:
         # Only where there are edges does a tile of targets have a part in a relation.
-        parts = launches.new_window_parts(problem, lse).zero_()
-        softmax = launches.new_softmax(problem, lse)
-        of_sources = (None, None, softmax, dvalue, dsrc)
+        parts = launches.new_window_parts(problem).zero_()
+        softmax = launches.new_softmax(problem)
+        of_sources = (softmax, None, dvalue, dsrc)
         launches.windows_within_by_target_launch(problem, grad, softmax, ddst, parts).run(device)
         launches.windows_by_source_launch(problem, grad, *of_sources).run(device)
     elif isinstance(graph, Windows):
-        parts, delta = launches.new_window_parts(problem, lse), torch.empty_like(lse)
-        launches.windows_by_target_launch(problem, grad, out, lse, delta, ddst, parts).run(device)
-        of_sources = (lse, delta, None, dvalue, dsrc)
+        parts, delta = launches.new_window_parts(problem), torch.empty_like(softmax[0])
+        of_targets = (out, softmax, delta, ddst, parts)
+        of_sources = (softmax, delta, dvalue, dsrc)
+        launches.windows_by_target_launch(problem, grad, *of_targets).run(device)
         launches.windows_by_source_launch(problem, grad, *of_sources).run(device)
     else:
-        weights, slopes = lse.new_empty(2, graph.dst_edge.shape[0], value.shape[1]).unbind()
+        weights, slopes = edge_launches.new_of_edges(problem)
         parts = edge_launches.new_edge_parts(problem, slopes)
         of_edges = (weights, slopes)
         edge_launches.edges_by_target_launch(problem, grad, *of_edges, ddst).run(device)

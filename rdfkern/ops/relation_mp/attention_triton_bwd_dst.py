@@ -12,9 +12,9 @@ from .attention_triton_tiles import (
     kept_pairs,
     load_logits,
     load_nodes,
+    load_softmax,
     nodes_of,
     pair_gradients,
-    softmax_of_rows,
     sources_heard,
     store_nodes,
     target_ranges,
@@ -33,7 +33,7 @@ def relation_attn_bwd_dst_kernel(
     table_ptr,
     grad_ptr,
     out_ptr,
-    lse_ptr,
+    softmax_ptr,
     delta_ptr,
     ddst_ptr,
     parts_ptr,
@@ -82,7 +82,8 @@ def relation_attn_bwd_dst_kernel(
     grads = load_nodes(grad_ptr + head * grad_strides[1], grad_strides[0], nodes, columns_c, C)
     outs = load_nodes(out_ptr + head * C, heads * C, nodes, columns_c, C)
     delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
-    exponent, factor = softmax_of_rows(tl.load(lse_ptr + nodes * heads + head))
+    length = tl.cast(total, tl.int64)
+    exponent, factor = load_softmax(softmax_ptr + nodes * heads + head, length * heads)
     if IS_DOT:
         own = load_nodes(dst_ptr + head * dst_strides[1], dst_strides[0], nodes, columns_d, D)
         src_ptr += head * src_strides[1]
@@ -94,7 +95,7 @@ def relation_attn_bwd_dst_kernel(
 
     last_row = tl.minimum(first_row + BLOCK_M, total) - 1
     begin = tl.load(ranges_ptr + first_row) // ALIGNMENT * ALIGNMENT
-    stop = tl.load(ranges_ptr + tl.cast(total, tl.int64) + last_row)
+    stop = tl.load(ranges_ptr + length + last_row)
     for start in tl.range(begin, stop, BLOCK_N):
         sources = start + local_n
         source_nodes, source_tile, relation, logits, rises = sources_heard(

@@ -11,12 +11,12 @@ from .attention_triton_tiles import (
     kept_pairs,
     load_logits,
     load_nodes,
+    load_softmax,
     nodes_of,
     pair_gradients,
     pair_logits,
     relations_heard,
     softmax_of_pairs,
-    softmax_of_rows,
     store_nodes,
     target_ranges,
 )
@@ -33,7 +33,6 @@ def relation_attn_bwd_src_kernel(
     ranges_ptr,
     table_ptr,
     grad_ptr,
-    lse_ptr,
     delta_ptr,
     softmax_ptr,
     dvalue_ptr,
@@ -105,8 +104,8 @@ def relation_attn_bwd_src_kernel(
             first[None, :], end[None, :], same_first[None, :], same_end[None, :], sources[:, None],
         )  # [BLOCK_N, BLOCK_M]  # fmt: skip
         of_target = nodes * heads + head
-        if softmax_ptr is None:
-            exponent, factor = softmax_of_rows(tl.load(lse_ptr + of_target)[None, :])
+        if delta_ptr is not None:
+            exponent, factor = load_softmax(softmax_ptr + of_target[None, :], length * heads)
             delta = tl.load(delta_ptr + of_target)[None, :]
         else:
             exponent, factor, delta = softmax_of_pairs(

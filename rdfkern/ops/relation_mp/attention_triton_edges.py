@@ -7,7 +7,7 @@ stand together.
 import triton
 import triton.language as tl
 
-from ..._backends.triton_utils import LN2, LOG2E
+from ..._backends.triton_utils import LOG2E
 
 
 @triton.jit
@@ -94,7 +94,6 @@ def relation_attn_edges_fwd_kernel(
     edge_ptr,
     count_ptr,
     out_ptr,
-    lse_ptr,
     value_strides,
     dst_strides,
     src_strides,
@@ -128,7 +127,6 @@ def relation_attn_edges_fwd_kernel(
     at = tl.load(start_ptr + target)
     stop = tl.load(start_ptr + target + 1)
     out = tl.zeros([BLOCK_C], tl.float32)
-    lse = float("-inf")
     while at < stop:
         run_end = at + tl.load(count_ptr + at) if WITHIN else stop
         peak = float("-inf")
@@ -148,10 +146,7 @@ def relation_attn_edges_fwd_kernel(
             values = load_rows_of(value_ptr, value_strides[0], source, member, columns_c, C)
             acc = acc * decay + tl.sum(weights[:, None] * values, 0)
         out += acc * tl.where(total == 0.0, 0.0, inverse_kept / total)
-        lse = tl.where(total == 0.0, float("-inf"), (peak + tl.math.log2(total)) * LN2)
         at = run_end
 
     row = target * heads + head
-    if not WITHIN:
-        tl.store(lse_ptr + row, lse)
     tl.store(out_ptr + row * C + columns_c, out.to(out_ptr.dtype.element_ty), mask=columns_c < C)

@@ -19,12 +19,12 @@ from .attention_triton_launch import Problem, padded_width
 from .bands import EdgeLists
 
 
-def edges_forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> Launch:
-    """The launch that fills `out` and, without `within`, `lse`."""
+def edges_forward_launch(problem: Problem, out: Tensor) -> Launch:
+    """The launch that fills `out`."""
     return Launch(
         relation_attn_edges_fwd_kernel,
         lambda meta: (out.shape[0] * problem.heads,),
-        {**_edges_arguments(problem), "out_ptr": out, "lse_ptr": lse},
+        {**_edges_arguments(problem), "out_ptr": out},
     )
 
 
@@ -96,6 +96,11 @@ def edges_by_relation_launch(problem: Problem, slopes: Tensor, parts: Tensor) ->
             "num_stages": 1,
         },
     )
+
+
+def new_of_edges(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Memory for weights and slopes, (E, H) float32 each."""
+    return problem.new_wide(2, problem.graph.dst_edge.shape[0], problem.heads).unbind()
 
 
 def new_edge_parts(problem: Problem, slopes: Tensor) -> Tensor:

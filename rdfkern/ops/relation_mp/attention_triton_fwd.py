@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..._backends.triton_utils import LN2, LOG2E, online_softmax
+from ..._backends.triton_utils import LOG2E, online_softmax
 from .attention_triton_tiles import (
     ALIGNMENT,
     kept_pairs,
@@ -12,6 +12,7 @@ from .attention_triton_tiles import (
     nodes_of,
     sources_heard,
     store_nodes,
+    store_softmax,
     target_ranges,
 )
 
@@ -27,7 +28,7 @@ def relation_attn_fwd_kernel(
     ranges_ptr,
     table_ptr,
     out_ptr,
-    lse_ptr,
+    softmax_ptr,
     value_strides,
     dst_strides,
     src_strides,
@@ -73,9 +74,10 @@ def relation_attn_fwd_kernel(
     sums = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
 
+    length = tl.cast(total, tl.int64)
     last_row = tl.minimum(first_row + BLOCK_M, total) - 1
     begin = tl.load(ranges_ptr + first_row) // ALIGNMENT * ALIGNMENT
-    stop = tl.load(ranges_ptr + tl.cast(total, tl.int64) + last_row)
+    stop = tl.load(ranges_ptr + length + last_row)
     for start in tl.range(begin, stop, BLOCK_N):
         sources = start + local_n
         source_nodes, _, _, logits, _ = sources_heard(
@@ -94,6 +96,5 @@ def relation_attn_fwd_kernel(
 
     # What is not a number stays so: only rows that hear nothing have a sum of 0.
     inverse = tl.where(sums == 0.0, 0.0, inverse_kept / sums)
-    lse = tl.where(sums == 0.0, float("-inf"), (peak + tl.math.log2(sums)) * LN2)
-    tl.store(lse_ptr + nodes * heads + head, lse, mask=inside)
+    store_softmax(softmax_ptr + nodes * heads + head, length * heads, inside, peak, sums)
     store_nodes(out_ptr + head * C, heads * C, nodes, inside, columns_c, C, acc * inverse[:, None])

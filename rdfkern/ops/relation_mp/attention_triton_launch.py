@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -62,6 +63,10 @@ class Problem:
     @property
     def relations(self) -> int:
         return self.rel.shape[0]
+
+    def new_wide(self, *size: int) -> Tensor:
+        """Memory for sums and statistics, float32."""
+        return self.value.new_empty(size, dtype=torch.float32)
 
     def tiles(self, kernel: str) -> config.Tiles:
         """Those of a kernel on windows on the device of the inputs."""
@@ -120,13 +125,13 @@ def padded_width(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns))
 
 
-def windows_forward_launch(problem: Problem, out: Tensor, lse: Tensor) -> Launch:
-    """The launch that fills `out` and, without `within`, `lse`."""
+def windows_forward_launch(problem: Problem, out: Tensor, softmax: Tensor) -> Launch:
+    """The launch that fills `out` and, without `within`, `softmax`."""
     nodes = problem.value.shape[0]
     given = _windows_arguments(problem, "within" if problem.within else "forward")
     given["out_ptr"] = out
     if not problem.within:
-        given["lse_ptr"] = lse
+        given["softmax_ptr"] = softmax
     return Launch(
         relation_attn_within_fwd_kernel if problem.within else relation_attn_fwd_kernel,
         lambda meta: (triton.cdiv(nodes, meta["BLOCK_M"]) * problem.heads,),
@@ -138,7 +143,7 @@ def windows_by_target_launch(
     problem: Problem,
     grad: Tensor,
     out: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     delta: Tensor,
     ddst: Tensor,
     parts: Tensor,
@@ -154,7 +159,7 @@ def windows_by_target_launch(
             "grad_ptr": grad,
             "grad_strides": grad.stride()[:2],
             "out_ptr": out,
-            "lse_ptr": lse,
+            "softmax_ptr": softmax,
             "delta_ptr": delta,
             "ddst_ptr": ddst,
             "parts_ptr": parts,
@@ -188,13 +193,12 @@ def windows_within_by_target_launch(
 def windows_by_source_launch(
     problem: Problem,
     grad: Tensor,
-    lse: Tensor | None,
+    softmax: Tensor,
     delta: Tensor | None,
-    softmax: Tensor | None,
     dvalue: Tensor,
     dsrc: Tensor,
 ) -> Launch:
-    """The launch that fills `dvalue` and `dsrc`, from `lse` and `delta` or from `softmax`."""
+    """The launch that fills `dvalue` and `dsrc`; without `delta`, `softmax` is `new_softmax`."""
     nodes = problem.value.shape[0]
     return Launch(
         relation_attn_bwd_src_kernel,
@@ -203,7 +207,6 @@ def windows_by_source_launch(
             **_windows_arguments(problem, "sources"),
             "grad_ptr": grad,
             "grad_strides": grad.stride()[:2],
-            "lse_ptr": lse,
             "delta_ptr": delta,
             "softmax_ptr": softmax,
             "relations": problem.relations,
@@ -213,16 +216,16 @@ def windows_by_source_launch(
     )
 
 
-def new_window_parts(problem: Problem, lse: Tensor) -> Tensor:
+def new_window_parts(problem: Problem) -> Tensor:
     """Memory for drel by tiles of targets, (P, H, R) float32."""
     chosen = problem.tiles("within" if problem.within else "targets")
     tiles = triton.cdiv(problem.value.shape[0], chosen.block_m)
-    return lse.new_empty(tiles, problem.heads, problem.relations)
+    return problem.new_wide(tiles, problem.heads, problem.relations)
 
 
-def new_softmax(problem: Problem, lse: Tensor) -> Tensor:
+def new_softmax(problem: Problem) -> Tensor:
     """Memory for exponent, factor and D by relation, (3, N, H, R) float32."""
-    return lse.new_empty(3, problem.value.shape[0], problem.heads, problem.relations)
+    return problem.new_wide(3, problem.value.shape[0], problem.heads, problem.relations)
 
 
 def _windows_arguments(problem: Problem, kernel: str) -> dict[str, Any]:

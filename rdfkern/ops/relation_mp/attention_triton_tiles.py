@@ -150,17 +150,22 @@ def sources_heard(
 
 
 @triton.jit
-def softmax_of_rows(lse):
-    """Exponent and factor such that the weight of a logit is exp2(logit in base 2 - exponent) times
-    the factor.
+def store_softmax(places, size, inside, peak, sums):
+    """Store what the softmax of these rows is made of again, at places in two tensors of `size`
+    elements: the weight of a logit is exp2(logit in base 2 - exponent) times a factor.
 
-    The exponent is the whole part of the log-sum-exp, so that the difference rounds little where
-    the weight is large. Rows without any weight get an infinite one.
+    The sum is no part of the exponent, whose rounding would be an error of every weight. Rows
+    without any weight have an infinite exponent.
     """
-    dead = lse == float("-inf")
-    exact = tl.where(dead, 0.0, lse * LOG2E)
-    exponent = tl.math.floor(exact)
-    return tl.where(dead, float("inf"), exponent), tl.math.exp2(exponent - exact)
+    dead = sums == 0.0
+    tl.store(places, tl.where(dead, float("inf"), peak), mask=inside)
+    tl.store(places + size, tl.where(dead, 0.0, 1.0 / sums), mask=inside)
+
+
+@triton.jit
+def load_softmax(places, size):
+    """Exponents and factors as `store_softmax` left them."""
+    return tl.load(places), tl.load(places + size)
 
 
 @triton.jit
