@@ -32,7 +32,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kLine = 64, kStep = 2048;
+  static constexpr int64_t kLine = 64, kStep = 1024;
   static constexpr int kRuns = 12;
   struct Run {
     const char* next;

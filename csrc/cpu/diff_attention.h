@@ -27,15 +27,18 @@ struct Sequence {
   int64_t unpadded_begin, unpadded_end;  // keys outside are all padding
 };
 
-// One value per (batch, head, query).
+// One value per (batch, head, query), or packed per (query, head).
 struct Coefficient {
-  const float* data;
+  float* data;
   int64_t batch_stride, head_stride, row_stride;
 
   explicit Coefficient(const Tensor& tensor)
-      : data(static_cast<const float*>(tensor.data_ptr())), batch_stride(tensor.stride(0)),
-        head_stride(tensor.stride(1)), row_stride(tensor.stride(2)) {}
-  float at(int64_t batch, int64_t head, int64_t row) const {
+      : data(static_cast<float*>(tensor.data_ptr())), head_stride(tensor.stride(1)) {
+    const bool packed = tensor.dim() == 2;
+    batch_stride = packed ? 0 : tensor.stride(0);
+    row_stride = tensor.stride(packed ? 0 : 2);
+  }
+  float& at(int64_t batch, int64_t head, int64_t row) const {
     return data[batch * batch_stride + head * head_stride + row * row_stride];
   }
 };
@@ -74,7 +77,8 @@ struct Problem {
       : q{Rows(q1), Rows(q2)}, k{Rows(k1), Rows(k2)}, v(values), lam(lam_), alpha(alpha_),
         norm_eps(norm_eps_), out_scale(float(out_scale_)), scale(float(scale_)), left(left_),
         right(right_), dropout{dropout_p, uint64_t(seed)}, heads(q1.size(1)),
-        kv_heads(k1.size(1)), head_dim(q1.size(3)), value_dim(values.size(3)),
+        kv_heads(k1.size(1)), head_dim(q1.size(q1.dim() - 1)),
+        value_dim(values.size(values.dim() - 1)),
         head_width(padded(head_dim)), value_width(padded(value_dim)) {
     if (attn_mask) mask.emplace(*attn_mask);
     if (norm_weight_) norm_weight = static_cast<const float*>(norm_weight_->data_ptr());

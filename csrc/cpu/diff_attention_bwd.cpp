@@ -244,10 +244,9 @@ class Backward {
         for (int map = 0; map < 2; ++map)
           write_row(gradients_.q[map].at(batch, panel.head, at), gradients_.q[map].type,
                     problem_.head_dim, dq[map].from(i).data);
-      const int64_t flat = batch * gradients_.row_batch_stride +
-                           panel.head * gradients_.row_head_stride + at;
-      gradients_.lam[flat] = -rows.delta[1][i];
-      gradients_.alpha[flat] = rows.dalpha[i] + (phase > 0 ? gradients_.alpha[flat] : 0.0f);
+      gradients_.lam.at(batch, panel.head, at) = -rows.delta[1][i];
+      float& dalpha = gradients_.alpha.at(batch, panel.head, at);
+      dalpha = rows.dalpha[i] + (phase > 0 ? dalpha : 0.0f);
     }
   }
 
@@ -280,8 +279,7 @@ void backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, const 
   if (o) saved.o.emplace(*o);
   const Gradients gradients{
       {Rows(dq1), Rows(dq2)}, {Rows(dk1), Rows(dk2)}, Rows(dv),
-      static_cast<float*>(dlam.data_ptr()), static_cast<float*>(dalpha.data_ptr()),
-      dlam.stride(0), dlam.stride(1),
+      Coefficient(dlam), Coefficient(dalpha),
       dnorm_weight ? static_cast<float*>(dnorm_weight->data_ptr()) : nullptr};
   Backward(problem, saved, gradients, chunks).run();
 }

@@ -15,8 +15,7 @@ struct Saved {
 
 struct Gradients {
   Rows q[2], k[2], v;
-  float *lam, *alpha;  // (batch, head, row), contiguous
-  int64_t row_batch_stride, row_head_stride;
+  Coefficient lam, alpha;
   float* norm_weight;  // (value_dim) or null
 };
 

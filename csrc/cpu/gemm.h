@@ -41,6 +41,11 @@ inline __attribute__((always_inline)) void gemm_tile(
     }
 }
 
+// Rows of a tile of so many vectors: as many sums as leave registers for what is multiplied.
+constexpr int tile_rows(int vectors) {
+  return vectors == 1 ? 2 * kTileRows : kTileRows * kTileVectors / vectors;
+}
+
 template <Order ORDER, Update UPDATE, int VECTORS, class Between>
 inline void gemm_panel(
     int64_t rows, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
@@ -48,18 +53,28 @@ inline void gemm_panel(
   const int64_t step = ORDER == Order::kRows ? lda : 1;
   auto run = [&](auto tile_rows) {
     constexpr int ROWS = decltype(tile_rows)::value;
-    for (; rows >= ROWS; rows -= ROWS) {
-      gemm_tile<ORDER, UPDATE, ROWS, VECTORS>(inner, a, lda, b, ldb, c, ldc, beta);
-      between();
-      a += ROWS * step;
-      c += ROWS * ldc;
-      if (UPDATE == Update::kRescale) beta += ROWS;
-    }
+    gemm_tile<ORDER, UPDATE, ROWS, VECTORS>(inner, a, lda, b, ldb, c, ldc, beta);
+    between();
+    a += ROWS * step;
+    c += ROWS * ldc;
+    if (UPDATE == Update::kRescale) beta += ROWS;
+    rows -= ROWS;
   };
-  run(std::integral_constant<int, kTileRows>{});
-  run(std::integral_constant<int, 4>{});
-  run(std::integral_constant<int, 2>{});
-  run(std::integral_constant<int, 1>{});
+  constexpr int ROWS = tile_rows(VECTORS);
+  // No row is left to a tile of its own, whose few sums would wait for each other.
+  while (rows >= ROWS && rows != ROWS + 1) run(std::integral_constant<int, ROWS>{});
+  auto run_once = [&](auto tile_rows) {
+    constexpr int FEWER = decltype(tile_rows)::value;
+    if constexpr (FEWER < ROWS)
+      if (rows >= FEWER && rows != FEWER + 1) run(tile_rows);
+  };
+  run_once(std::integral_constant<int, 8>{});
+  run_once(std::integral_constant<int, 6>{});
+  run_once(std::integral_constant<int, 5>{});
+  run_once(std::integral_constant<int, 4>{});
+  run_once(std::integral_constant<int, 3>{});
+  run_once(std::integral_constant<int, 2>{});
+  run_once(std::integral_constant<int, 1>{});
 }
 
 struct Nothing {
@@ -83,18 +98,19 @@ __attribute__((noinline)) void gemm(
     }
   auto run = [&](auto tile_vectors) {
     constexpr int VECTORS = decltype(tile_vectors)::value;
-    for (; columns >= VECTORS * kLanes; columns -= VECTORS * kLanes) {
-      gemm_panel<ORDER, UPDATE, VECTORS>(rows, inner, a, lda, b, ldb, c, ldc, beta, between);
-      b += VECTORS == kTileVectors ? panel : VECTORS * kLanes;
-      c += VECTORS * kLanes;
-    }
+    gemm_panel<ORDER, UPDATE, VECTORS>(rows, inner, a, lda, b, ldb, c, ldc, beta, between);
+    b += VECTORS == kTileVectors ? panel : VECTORS * kLanes;
+    c += VECTORS * kLanes;
+    columns -= VECTORS * kLanes;
   };
-  run(std::integral_constant<int, kTileVectors>{});
-  if constexpr (kTileVectors > 2) {
-    run(std::integral_constant<int, 3>{});
-    run(std::integral_constant<int, 2>{});
-  }
-  run(std::integral_constant<int, 1>{});
+  // A vector alone has few sums, which wait for each other: it is taken with those before it.
+  const int64_t joined = panel == kTileColumns ? kTileColumns + kLanes : 0;
+  while (columns >= kTileColumns && columns != joined)
+    run(std::integral_constant<int, kTileVectors>{});
+  if (columns >= 3 * kLanes) run(std::integral_constant<int, 3>{});
+  if constexpr (kTileVectors > 2)
+    if (columns >= 2 * kLanes) run(std::integral_constant<int, 2>{});
+  if (columns > 0) run(std::integral_constant<int, 1>{});
 }
 
 }  // namespace rdfkern

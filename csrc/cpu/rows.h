@@ -25,7 +25,8 @@ inline int64_t bytes_of(ScalarType type) {
   return type == ScalarType::Float ? 4 : type == ScalarType::Bool ? 1 : 2;
 }
 
-// A (batch, head, row, element) view; the last stride is 1.
+// A (batch, head, row, element) view of a tensor with these dims, or packed with (row, head,
+// element); the last stride is 1.
 struct Rows {
   char* data = nullptr;
   ScalarType type = ScalarType::Float;
@@ -34,8 +35,11 @@ struct Rows {
   Rows() = default;
   explicit Rows(const Tensor& tensor)
       : data(static_cast<char*>(tensor.data_ptr())), type(tensor.scalar_type()),
-        batch_stride(tensor.stride(0)), head_stride(tensor.stride(1)),
-        row_stride(tensor.stride(2)) {}
+        head_stride(tensor.stride(1)) {
+    const bool packed = tensor.dim() == 3;
+    batch_stride = packed ? 0 : tensor.stride(0);
+    row_stride = tensor.stride(packed ? 0 : 2);
+  }
 
   char* at(int64_t batch, int64_t head, int64_t row) const {
     const int64_t offset = batch * batch_stride + head * head_stride + row * row_stride;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -75,20 +77,20 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
         return
     if cu_seqlens.device.type == "meta":
         return
-    steps = cu_seqlens.diff()
     if cu_seqlens.device.type != "cpu":
+        steps = cu_seqlens.diff()
         fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (steps >= 0).all()
         torch._assert_async(fits, f"{name} must start at 0, never decrease and end at {total}")
         return
-    if cu_seqlens[0] != 0:
-        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}")
-    if (steps < 0).any():
-        at = int((steps < 0).nonzero()[0, 0])
-        before, after = cu_seqlens[at : at + 2].tolist()
-        raise ValueError(f"{name} must not decrease, got {before} then {after} at index {at}")
-    if cu_seqlens[-1] != total:
+    starts = cu_seqlens.tolist()  # a few operations of torch would take longer than small problems
+    if starts[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {starts[0]}")
+    for at, (before, after) in enumerate(pairwise(starts)):
+        if after < before:
+            raise ValueError(f"{name} must not decrease, got {before} then {after} at index {at}")
+    if starts[-1] != total:
         raise ValueError(
-            f"{name} must end at the number of packed rows ({total}), got {int(cu_seqlens[-1])}"
+            f"{name} must end at the number of packed rows ({total}), got {starts[-1]}"
         )
 
 
@@ -144,13 +146,12 @@ def check_max_seqlen(name: str, max_seqlen: int | None, cu_name: str, cu_seqlens
         raise ValueError(f"{name} must not be negative, got {max_seqlen}")
     if torch.compiler.is_compiling() or cu_seqlens.device.type == "meta":
         return
-    lengths = cu_seqlens.diff()
-    if lengths.numel() == 0:
-        return
     if cu_seqlens.device.type != "cpu":
-        fits = (lengths <= max_seqlen).all()
+        fits = (cu_seqlens.diff() <= max_seqlen).all()
         torch._assert_async(fits, f"{name} must be at least the longest sequence of {cu_name}")
-    elif (longest := int(lengths.max())) > max_seqlen:
+        return
+    longest = max((after - before for before, after in pairwise(cu_seqlens.tolist())), default=0)
+    if longest > max_seqlen:
         raise ValueError(
             f"{name} must be at least the longest sequence of {cu_name} ({longest}), "
             f"got {max_seqlen}"

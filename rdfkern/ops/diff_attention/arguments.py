@@ -115,7 +115,8 @@ def varlen_arguments(
     check_shape("v", v, (*k1.shape[:2], None), "(Tk, Hkv, Dv)")
     _check_sizes("q1", q1, "k1", k1.shape[1], heads, v)
     _check_packing("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, "q1", q1)
-    _check_packing("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, "k1", k1)
+    if cu_seqlens_k is not cu_seqlens_q or max_seqlen_k != max_seqlen_q or len(k1) != total_q:
+        _check_packing("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, "k1", k1)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_k must hold as many sequences as cu_seqlens_q "

@@ -44,14 +44,13 @@ def forward(
     v: Tensor,
     lam: Tensor,
     alpha: Tensor,
-    *,
-    needs_grad: bool,
+    out: Tensor,
+    lse: Tensor,
+    o2: Tensor,
+    o: Tensor,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (out, lse, o2, o) as `op.empty_outputs` makes them."""
-    out, lse, o2, o = op.empty_outputs(
-        q1, v, options["norm_eps"], options["cu_seqlens_q"], "cuda", needs_grad
-    )
+) -> None:
+    """Fills out, lse and what else of the last four is not empty."""
     longest = _longest(q1, options["max_seqlen_q"])
     jit.load("cuda")
     torch.ops.rdfkern._diff_attention_fwd_cuda(
@@ -64,7 +63,6 @@ def forward(
         lse,
         *filled(o2, o),
     )
-    return out, lse, o2, o
 
 
 def backward(

@@ -89,10 +89,11 @@ def _named(operator: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
 
 def _pairs(named: dict[str, Any]) -> int:
     """Pairs of a query and a key, over all sequences and heads."""
-    batch, heads, rows, _ = named["q1"].shape
     cu_q, cu_k = named["cu_seqlens_q"], named["cu_seqlens_k"]
     if cu_q is None:
+        batch, heads, rows, _ = named["q1"].shape
         return batch * heads * rows * named["k1"].shape[2]
+    heads = named["q1"].shape[1]
     if _has_values(cu_q) and _has_values(cu_k):
         return heads * int((cu_q.diff().long() * cu_k.diff().long()).sum())
     sequences = cu_q.shape[0] - 1

@@ -42,21 +42,18 @@ def forward(
     v: Tensor,
     lam: Tensor,
     alpha: Tensor,
-    *,
-    needs_grad: bool,
-    keeps_o2: bool = True,
+    out: Tensor,
+    lse: Tensor,
+    o2: Tensor,
+    o: Tensor,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (out, lse, o2, o) as `op.empty_outputs` makes them."""
-    out, lse, o2, o = op.empty_outputs(
-        q1, v, options["norm_eps"], options["cu_seqlens_q"], "cpu", needs_grad, keeps_o2
-    )
+) -> None:
+    """Fills out, lse and what else of the last four is not empty."""
     inputs = [unit_stride(x) for x in (q1, k1, q2, k2, v)]
     jit.load("cpu")
     torch.ops.rdfkern._diff_attention_fwd_cpu(
         *inputs, lam, alpha, *native_options(**options), out, lse, *filled(o2, o)
     )
-    return out, lse, o2, o
 
 
 def backward(
@@ -90,7 +87,7 @@ def backward(
         width, dtype = x.shape[-1], x.dtype
         if chunks > 1:
             width, dtype = -(-width // LANES) * LANES, torch.float32
-        gradients.append(op.empty_like_rows(x, width, packed, dtype))
+        gradients.append(x.new_empty((*x.shape[:-1], width), dtype=dtype))
     dlam, dalpha = (x.new_empty(x.shape) for x in (lam, alpha))
     dnorm_weight = None if norm_weight is None else torch.empty_like(norm_weight, dtype=lam.dtype)
     if kept_o is None and kept_o2 is not None:
@@ -114,12 +111,11 @@ def backward(
     if chunks > 1:
         # One after the other, so that no two wide gradients outlive their narrow copies.
         for at, x in enumerate(inputs):
-            gradients[at] = _narrowed(gradients[at], x, packed)
+            gradients[at] = _narrowed(gradients[at], x)
     return *gradients, dlam, dalpha, dnorm_weight
 
 
-def _narrowed(padded: Tensor, x: Tensor, packed: bool) -> Tensor:
+def _narrowed(padded: Tensor, x: Tensor) -> Tensor:
     if padded.shape == x.shape and padded.dtype == x.dtype:
         return padded
-    gradient = op.empty_like_rows(x, x.shape[-1], packed, x.dtype)
-    return gradient.copy_(padded[..., : x.shape[-1]])
+    return x.new_empty(x.shape).copy_(padded[..., : x.shape[-1]])

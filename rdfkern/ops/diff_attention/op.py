@@ -1,24 +1,31 @@
 """Differential attention as registered operators, one per direction, and their autograd function.
 
 `rdfkern::diff_attn_fwd` and `rdfkern::diff_attn_bwd` are what torch.compile and torch.export see.
-They choose the kernel inside, by name. A kernel module holds `forward` and `backward` with the
-arguments below, packed tensors viewed as (1, H, T, D), and never sees an empty problem.
+They choose the kernel inside, by name. A kernel module holds `forward`, which fills outputs made
+here, and `backward`, with the arguments below, and never sees an empty problem. Packed tensors are
+(T, H, D) for the operators, so that autograd records no views, and shown as (1, H, T, D) to kernels
+that do not take them as they are.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..._backends.autograd import is_recorded
 from .flops import register_when_counted
 from .formula import Coefficient, compute_dtype
 from .native_arguments import backward_chunks, kv_tasks
 
 KERNELS = {"triton": ".triton", "cuda": ".cuda", "cpu": ".native"}
+_modules: dict[str, Any] = {}
+# Kernels that take packed tensors as they are.
+PACKED = ("cpu",)
 # Kernels whose O is that of the first map, with a norm or without.
 MAP_ROWS = ("triton",)
 # How many keys the backward of a kernel takes at once. Of sequences that have no more it computes
@@ -31,6 +38,7 @@ OPTIONS = (
     "Tensor? cu_seqlens_k, Tensor? seed, SymInt? max_seqlen_q, SymInt? max_seqlen_k, int left, "
     "int right, float dropout_p, float scale, float? norm_eps, float out_scale, str impl"
 )
+OPTION_NAMES = [part.split()[-1] for part in OPTIONS.split(", ")]
 torch.library.define(
     "rdfkern::diff_attn_fwd",
     f"({INPUTS}, {OPTIONS}, *, bool needs_grad=True, bool keeps_o2=True) -> "
@@ -122,15 +130,21 @@ def diff_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The canonical arguments of `diff_attention_varlen`, computed by the kernel named `impl`."""
     rows = q1.shape[:2]
+    starts_q = cu_seqlens_q.to(torch.int32)
+    starts_k = starts_q if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.to(torch.int32)
     out, lse = _attend(
-        *(packed.transpose(0, 1)[None] for packed in (q1, k1, q2, k2, v)),  # [1, H, T, D]
-        _per_row(lam, rows, q1).mT[None],
-        _per_row(alpha, rows, q1).mT[None],
+        q1,
+        k1,
+        q2,
+        k2,
+        v,
+        _per_row(lam, rows, q1),
+        _per_row(alpha, rows, q1),
         None,
         key_padding_mask,
         norm_weight,
-        cu_seqlens_q.to(torch.int32),
-        cu_seqlens_k.to(torch.int32),
+        starts_q,
+        starts_k,
         max_seqlen_q,
         max_seqlen_k,
         is_causal,
@@ -141,7 +155,6 @@ def diff_attention_varlen(
         out_scale,
         impl,
     )
-    out = out[0].transpose(0, 1)
     return (out, lse[:, 0].mT) if return_lse else out
 
 
@@ -158,11 +171,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     # A tensor, so that compiled code draws a new one in every call; on the CPU, where reading it
     # does not wait for an accelerator.
     seed = torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
-    needs_grad = torch.is_grad_enabled() and any(
-        x.requires_grad for x in tensors if isinstance(x, Tensor)
-    )
-    longest = tensors[1].shape[2] if tensors[13] is None else tensors[13]
-    return _DiffAttention.apply(
+    arguments = (
         *tensors[:12],
         seed,
         *tensors[12:],
@@ -173,9 +182,11 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
         None if norm_eps is None else float(norm_eps),
         float(out_scale),
         impl,
-        needs_grad,
-        _keeps_o2(impl, tensors[1], tensors[11], longest),
     )
+    if not is_recorded(*tensors):
+        return torch.ops.rdfkern.diff_attn_fwd.default(*arguments, needs_grad=False)[:2]
+    longest = tensors[1].shape[2] if tensors[13] is None else tensors[13]
+    return _DiffAttention.apply(*arguments, _keeps_o2(impl, tensors[1], tensors[11], longest))
 
 
 def _keeps_o2(impl: str, k: Tensor, cu_seqlens_k: Tensor | None, longest: int) -> bool:
@@ -197,10 +208,8 @@ _num_threads._dynamo_marked_constant = True
 class _DiffAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *arguments, needs_grad, keeps_o2 = arguments
-        out, lse, o2, o = torch.ops.rdfkern.diff_attn_fwd(
-            *arguments, needs_grad=needs_grad, keeps_o2=keeps_o2
-        )
+        *arguments, keeps_o2 = arguments
+        out, lse, o2, o = torch.ops.rdfkern.diff_attn_fwd.default(*arguments, keeps_o2=keeps_o2)
         tensors, ctx.options = arguments[:13], arguments[13:]
         ctx.save_for_backward(*tensors, out, lse, o2, o)
         ctx.mark_non_differentiable(lse)
@@ -211,13 +220,10 @@ class _DiffAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
         if grad_out is None:
-            return (None,) * 24
-        inputs, masks, saved = (
-            ctx.saved_tensors[:7],
-            ctx.saved_tensors[7:13],
-            ctx.saved_tensors[13:],
-        )
-        *gradients, dnorm_weight = torch.ops.rdfkern.diff_attn_bwd(
+            return (None,) * 23
+        tensors = ctx.saved_tensors
+        inputs, masks, saved = tensors[:7], tensors[7:13], tensors[13:]
+        *gradients, dnorm_weight = torch.ops.rdfkern.diff_attn_bwd.default(
             grad_out,
             *inputs,
             *saved,
@@ -233,7 +239,7 @@ class _DiffAttention(torch.autograd.Function):
             None,
             None,
             None if norm_weight is None else dnorm_weight,
-            *(None,) * 14,
+            *(None,) * 13,
         )
 
 
@@ -241,13 +247,13 @@ class _DiffAttention(torch.autograd.Function):
 def _forward(*arguments: Any, needs_grad: bool = True, keeps_o2: bool = True) -> tuple[Tensor, ...]:
     inputs, rest = arguments[:7], arguments[7:]
     q1, v = inputs[0], inputs[4]
+    outputs = _fake_forward(*arguments, needs_grad=needs_grad, keeps_o2=keeps_o2)
     if q1.numel() == 0 or v.numel() == 0:
-        out, lse, o2, o = _fake_forward(*arguments, needs_grad=needs_grad, keeps_o2=keeps_o2)
+        out, lse, o2, o = outputs
         return out.zero_(), lse.fill_(float("-inf")), o2.zero_(), o.zero_()
-    kernels, options = _chosen(rest)
-    if not keeps_o2:
-        options["keeps_o2"] = False
-    return kernels.forward(*inputs, **options, needs_grad=needs_grad)
+    kernels, options, view = _chosen(rest)
+    kernels.forward(*_viewed((*inputs, *outputs), view), **options)
+    return outputs
 
 
 @torch.library.impl("rdfkern::diff_attn_bwd", ("cpu", "cuda"))
@@ -256,9 +262,12 @@ def _backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     q1, v = inputs[0], inputs[4]
     if q1.numel() == 0 or v.numel() == 0:
         return tuple(gradient.zero_() for gradient in _fake_backward(grad_out, *arguments))
-    kernels, options = _chosen(rest)
-    gradients = kernels.backward(grad_out, *inputs, *saved, **options, deterministic=arguments[-1])
-    return tuple(v.new_empty(0, dtype=lse_dtype(v)) if g is None else g for g in gradients)
+    kernels, options, view = _chosen(rest)
+    tensors = _viewed((grad_out, *inputs, *saved), view)
+    *gradients, dnorm_weight = kernels.backward(*tensors, **options, deterministic=arguments[-1])
+    if view:
+        gradients = [x.squeeze(0).transpose(0, 1).contiguous() for x in gradients]
+    return *gradients, v.new_empty(0, dtype=lse_dtype(v)) if dnorm_weight is None else dnorm_weight
 
 
 @torch.library.register_fake("rdfkern::diff_attn_fwd")
@@ -273,14 +282,20 @@ def _fake_forward(
     keeps_o2: bool = True,
 ):
     options = _options(arguments[2:])
-    names = ("norm_eps", "cu_seqlens_q", "impl")
-    return empty_outputs(q1, v, *(options[name] for name in names), needs_grad, keeps_o2)
+    packed, norm_eps = options["cu_seqlens_q"] is not None, options["norm_eps"]
+    return _empty_outputs(q1, v, packed, norm_eps, options["impl"], needs_grad, keeps_o2)
 
 
 @torch.library.register_fake("rdfkern::diff_attn_bwd")
 def _fake_backward(grad_out: Tensor, *arguments: Any):
-    options = _options(arguments[11:-1])
-    return _empty_gradients(arguments[:7], options["norm_weight"], options["cu_seqlens_q"])
+    return _empty_gradients(arguments[:7], _options(arguments[11:-1])["norm_weight"])
+
+
+def _viewed(tensors: Sequence[Tensor], view: bool) -> Sequence[Tensor]:
+    """Packed (T, H) and (T, H, D) as (1, H, T) and (1, H, T, D), all else as it is."""
+    if not view:
+        return tensors
+    return [x.transpose(0, 1).unsqueeze(0) if x.dim() in (2, 3) else x for x in tensors]
 
 
 def lse_dtype(v: Tensor) -> torch.dtype:
@@ -296,16 +311,18 @@ def empty_like_rows(x: Tensor, width: int, packed: bool, dtype: torch.dtype) -> 
     return x.new_empty((batch, heads, length, width), dtype=dtype)
 
 
-def empty_outputs(
+def _empty_outputs(
     q1: Tensor,
     v: Tensor,
+    packed: bool,
     norm_eps: float | None,
-    cu_seqlens_q: Tensor | None,
     impl: str,
     needs_grad: bool,
-    keeps_o2: bool = True,
+    keeps_o2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for (out, lse, o2, o); o2 and o are empty where no gradient is needed.
+    """Memory for (out, lse, o2, o), packed like q1 or not; lse is (2, B, H, L) in either case.
+
+    o2 and o are empty where no gradient is needed.
 
     Without keeps_o2 (see WHOLE_KEYS), o2 is always empty, and so is o but for a norm.
 
@@ -313,40 +330,39 @@ def empty_outputs(
     themselves, with errors of half. o, the rows before the norm, is empty too where out is the
     same, and the first map's rows for kernels in MAP_ROWS.
     """
-    packed, width, wide = cu_seqlens_q is not None, v.shape[-1], lse_dtype(v)
-    out = empty_like_rows(q1, width, packed, v.dtype)
-    lse = q1.new_empty((2, *q1.shape[:3]), dtype=wide)
+    *rows, _ = q1.shape
+    size, wide = (*rows, v.shape[-1]), lse_dtype(v)
+    out = v.new_empty(size)
+    lse = v.new_empty((2, 1, *reversed(rows)) if packed else (2, *rows), dtype=wide)
     nothing = v.new_empty(0, dtype=wide)
     if not needs_grad:
         return out, lse, nothing, torch.empty_like(nothing)
     same = norm_eps is None and (not keeps_o2 or wide == v.dtype) and impl not in MAP_ROWS
     o2, o = (
-        empty_like_rows(q1, width, packed, wide) if kept else torch.empty_like(nothing)
+        v.new_empty(size, dtype=wide) if kept else torch.empty_like(nothing)
         for kept in (keeps_o2, not same)
     )
     return out, lse, o2, o
 
 
-def _empty_gradients(
-    inputs: tuple[Tensor, ...], norm_weight: Tensor | None, cu_seqlens_q: Tensor | None
-) -> tuple[Tensor, ...]:
-    *rows, lam, alpha = inputs
-    packed, wide = cu_seqlens_q is not None, lse_dtype(rows[0])
-    gradients = [empty_like_rows(x, x.shape[-1], packed, x.dtype) for x in rows]
-    coefficients = [x.new_empty(x.shape, dtype=wide) for x in (lam, alpha)]
+def _empty_gradients(inputs: Sequence[Tensor], norm_weight: Tensor | None) -> tuple[Tensor, ...]:
+    wide = lse_dtype(inputs[0])
+    dtypes = [x.dtype for x in inputs[:5]] + [wide, wide]
+    gradients = [x.new_empty(x.shape, dtype=dtype) for x, dtype in zip(inputs, dtypes, strict=True)]
     size = 0 if norm_weight is None else norm_weight.shape[0]
-    return *gradients, *coefficients, rows[0].new_empty(size, dtype=wide)
+    return *gradients, inputs[0].new_empty(size, dtype=wide)
 
 
 def _options(values: tuple[Any, ...]) -> dict[str, Any]:
-    names = [part.split()[-1] for part in OPTIONS.split(", ")]
-    return dict(zip(names, values, strict=True))
+    return dict(zip(OPTION_NAMES, values, strict=True))
 
 
-def _chosen(values: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
-    """(kernel module, its options with the seed as a number)."""
+def _chosen(values: tuple[Any, ...]) -> tuple[Any, dict[str, Any], bool]:
+    """(kernel module, its options with the seed as a number, whether it needs a view)."""
     options = _options(values)
-    module = importlib.import_module(KERNELS[options.pop("impl")], package=__package__)
+    impl = options.pop("impl")
+    if impl not in _modules:
+        _modules[impl] = importlib.import_module(KERNELS[impl], package=__package__)
     if options["seed"] is not None:
         options["seed"] = int(options["seed"])
-    return module, options
+    return _modules[impl], options, options["cu_seqlens_q"] is not None and impl not in PACKED

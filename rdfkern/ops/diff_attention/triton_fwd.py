@@ -15,7 +15,6 @@ from ..._backends.triton_utils import (
     visible_tiles,
 )
 from . import config
-from .op import empty_outputs
 from .triton_arguments import Problem, describe, padded_width
 from .triton_decode import decode, decodes
 from .triton_tiles import head_start, mask_scores, sequence_rows, subtract_and_norm
@@ -191,6 +190,10 @@ def forward(
     v: Tensor,
     lam: Tensor,
     alpha: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    o2: Tensor,
+    o1: Tensor,
     *,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -206,25 +209,22 @@ def forward(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-    needs_grad: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> None:
     """Output, log-sum-exps, and what backward needs besides.
 
     Args:
         q1, q2: (B, H, Lq, D). k1, k2: (B, Hkv, Lk, D). v: (B, Hkv, Lk, Dv). With cu_seqlens
             B is 1 and L the total length. None of the sizes is 0.
         lam, alpha: (B, H, Lq) float32, any strides.
+        out: (B, H, Lq, Dv), filled, as all that follow.
+        lse: (2, B, H, Lq) float32, natural logarithm.
+        o2, o1: A2 V and A1 V, shaped like out, in float32: rounded, they would leave dlam, dalpha
+            and dnorm_weight imprecise. Or both empty, where `backward` will not be called.
         attn_mask: (B, H, Lq, Lk) bool or floating, any strides; a floating one at or below -1e30
             hides its key.
         key_padding_mask: (B, Lk), or (T,) with cu_seqlens, bool, True is padding.
         left, right: keys on each side that a query sees, -1 is unlimited.
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,), with max_seqlen_q and max_seqlen_k.
-        needs_grad: whether `backward` will be called.
-
-    Returns:
-        out (B, H, Lq, Dv); lse (2, B, H, Lq) float32, natural logarithm; A2 V and A1 V, shaped
-        like out, in float32: rounded, they would leave dlam, dalpha and dnorm_weight imprecise.
-        Both are empty without needs_grad.
     """
     problem = describe(
         q1,
@@ -246,15 +246,13 @@ def forward(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
-    out, lse, o2, o1 = empty_outputs(q1, v, norm_eps, cu_seqlens_q, "triton", needs_grad)
+    maps = (o1, o2) if o1.numel() else (None, None)
+    if maps == (None, None) and decodes(problem):
+        decode(problem, norm_weight, norm_eps, out_scale, out, lse)
+        return
     widths = (padded_width(problem.head_dim), padded_width(problem.value_dim))
     tiles = config.tiles("forward", *widths, q1.dtype, architecture(q1.device))
-    if not needs_grad and decodes(problem):
-        decode(problem, norm_weight, norm_eps, out_scale, out, lse)
-        return out, lse, o2, o1
-    maps = (o1, o2) if needs_grad else (None, None)
     forward_launch(problem, norm_weight, norm_eps, out_scale, out, lse, *maps, tiles).run(q1.device)
-    return out, lse, o2, o1
 
 
 def forward_launch(

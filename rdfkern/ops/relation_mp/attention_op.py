@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..._backends.autograd import is_recorded
 from . import attention_gat, bands
 from .bands import EdgeLists
 from .graph import RelationGraph
@@ -141,6 +142,9 @@ def _attend(
     # does not wait for an accelerator.
     seed = torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
     tensors = windows(graph) if graph.is_implicit else bands.layout(graph).tensors
+    if not is_recorded(value, dst, src, rel):
+        operator = torch.ops.rdfkern.relation_attn_fwd.default
+        return operator(value, dst, src, rel, list(tensors), seed, *options)[0]
     return _RelationAttention.apply(value, dst, src, rel, seed, options, *tensors)
 
 
@@ -156,7 +160,7 @@ class _RelationAttention(torch.autograd.Function):
         options: tuple[Any, ...],
         *graph: Tensor,
     ) -> Tensor:
-        out, softmax = torch.ops.rdfkern.relation_attn_fwd(
+        out, softmax = torch.ops.rdfkern.relation_attn_fwd.default(
             value, dst, src, rel, list(graph), seed, *options
         )
         ctx.save_for_backward(value, dst, src, rel, out, softmax, seed, *graph)
@@ -166,10 +170,11 @@ class _RelationAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, seed = ctx.saved_tensors[:7]
-        graph = ctx.saved_tensors[7:]
-        gradients = torch.ops.rdfkern.relation_attn_bwd(
-            grad_out, *tensors, list(graph), seed, *ctx.options
+        saved = ctx.saved_tensors
+        *tensors, seed = saved[:7]
+        graph = list(saved[7:])
+        gradients = torch.ops.rdfkern.relation_attn_bwd.default(
+            grad_out, *tensors, graph, seed, *ctx.options
         )
         return *gradients, None, None, *(None,) * len(graph)
 

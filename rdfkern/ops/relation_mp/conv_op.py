@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..._backends.autograd import is_recorded
 from . import bands
 from .bands import EXPLICIT, Bands, EdgeLists
 from .graph import RelationGraph
@@ -97,7 +98,10 @@ def relation_conv(
         addend, root = heard if addend is None else heard + addend, None
     tensors, past, future = bands.layout(graph)
     numbers = (past, future, aggr, graph.num_dst, impl)
-    return _RelationConv.apply(x_src, weight, root, addend, edge_weight, *numbers, *tensors)
+    inputs = (x_src, weight, root, addend, edge_weight)
+    if not is_recorded(*inputs):
+        return torch.ops.rdfkern.relation_conv_fwd.default(*inputs, list(tensors), *numbers)
+    return _RelationConv.apply(*inputs, *numbers, *tensors)
 
 
 class _RelationConv(torch.autograd.Function):
@@ -119,7 +123,7 @@ class _RelationConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, root, edge_weight, *graph)
         ctx.options = (past, future, aggr, impl)
         ctx.addend_dtype = None if addend is None else addend.dtype
-        return torch.ops.rdfkern.relation_conv_fwd(
+        return torch.ops.rdfkern.relation_conv_fwd.default(
             x, weight, root, addend, edge_weight, list(graph), past, future, aggr, num_dst, impl
         )
 
@@ -131,7 +135,7 @@ class _RelationConv(torch.autograd.Function):
         needs = [ctx.needs_input_grad[at] for at in (0, 1, 2, 4)]
         gradients: list[Tensor | None] = [None] * 4
         if any(needs):
-            results = torch.ops.rdfkern.relation_conv_bwd(
+            results = torch.ops.rdfkern.relation_conv_bwd.default(
                 grad_out, x, weight, root, edge_weight, graph, past, future, aggr, needs, impl
             )
             gradients = [g if need else None for g, need in zip(results, needs, strict=True)]
