@@ -141,6 +141,13 @@ struct Work {
   int64_t relation, begin, end;
 };
 
+// Rows of a tile that have neighbours of one relation, and how many different sums over these.
+struct Found {
+  int64_t rows, sums;
+
+  bool apart() const { return rows == sums; }
+};
+
 struct Sum {
   static constexpr float kStart = 0.0f;
   static Vec join(Vec a, Vec b) { return a + b; }
@@ -191,6 +198,10 @@ struct Running {
       store(row + n * kLanes, Op::join(load(row + n * kLanes), values[n]));
   }
 };
+
+inline void add_row(const float* row, int64_t width, float* target) {
+  for (int64_t d = 0; d < width; d += kLanes) store(target + d, load(target + d) + load(row + d));
+}
 
 inline void scale_row(float* row, int64_t width, float factor) {
   for (int64_t d = 0; d < width; d += kLanes) store(row + d, load(row + d) * factor);

@@ -69,52 +69,73 @@ class BandView {
     else find(high, [&](int64_t p, int64_t mine) { return p <= mine || p - mine <= ahead_; });
   }
 
-  // The sums of rows [column, column + width) of x over the neighbours of one relation: z row n
-  // belongs to row rows[n] of the tile. Returns their number. Rows without neighbours are left out,
-  // unless they are few: then sums are 0 there, and `rows` are consecutive.
+  // The sums of columns [column, column + width) of x over the neighbours of one relation: that of
+  // row rows[n] of the tile is z row sum_of[n]. Rows that follow each other and hear the same share
+  // one, where that spares an eighth. Rows without neighbours are left out, unless they are few
+  // and no sum is shared: then sums are 0 there, and `rows` are consecutive.
   template <class Op>
-  int64_t aggregate(const BandTile& tile, const Work& work, const Block& x, int64_t column,
-                    int64_t width, bool mean, float* z, int64_t ldz, int32_t* rows) const {
+  Found aggregate(const BandTile& tile, const Work& work, const Block& x, int64_t column,
+                  int64_t width, bool mean, float* z, int64_t ldz, int32_t* rows,
+                  int32_t* sum_of) const {
     const int64_t tile_size = tile.count, parts = work.end - work.begin;
-    thread_local std::vector<int64_t> ends;
-    thread_local std::vector<int64_t> counts, place;
+    thread_local std::vector<int64_t> ends, counts, place, part_place;
+    thread_local std::vector<char> repeats;  // the row before it
     ends.resize(2 * parts * tile_size);
     counts.assign(tile_size, 0);
     place.resize(tile_size);
+    part_place.resize(tile_size);
+    repeats.assign(tile_size, std::is_same_v<Op, Sum>);
     for (int64_t p = 0; p < parts; ++p) {
       const Band& band = tile.parts[work.begin + p];
       const Piece& piece = tile.pieces[band.piece];
       int64_t* low = &ends[2 * p * tile_size] + piece.local;
       int64_t* high = low + tile_size;
       ranges(graph_.groups[band.other], band.first, band.last, piece.begin, piece.end, low, high);
-      for (int64_t i = 0; i < piece.end - piece.begin; ++i)
+      for (int64_t i = 0; i < piece.end - piece.begin; ++i) {
         counts[piece.local + i] += high[i] - low[i];
-    }
-    int64_t found = tile_size - std::count(counts.begin(), counts.end(), 0);
-    if (found == 0) return 0;
-    auto heard = [](int64_t count) { return count > 0; };
-    const int64_t first = std::find_if(counts.begin(), counts.end(), heard) - counts.begin();
-    const int64_t end = counts.rend() - std::find_if(counts.rbegin(), counts.rend(), heard);
-    const bool fills_gaps = std::is_same_v<Op, Sum> && 8 * (end - first - found) <= end - first;
-    found = 0;
-    for (int64_t i = first; i < end; ++i)
-      if (fills_gaps || counts[i]) {
-        place[i] = found;
-        rows[found++] = int32_t(i);
+        if (i == 0 || low[i] != low[i - 1] || high[i] != high[i - 1]) repeats[piece.local + i] = 0;
       }
-    for (int64_t n = 0; n < found; ++n) std::fill_n(z + n * ldz, width, Op::kStart);
+    }
+    Found found{0, 0};
+    int64_t repeated = 0, first = 0, end = 0;
+    for (int64_t i = 0; i < tile_size; ++i) {
+      if (counts[i] == 0) continue;
+      if (found.rows++ == 0) first = i;
+      end = i + 1;
+      repeated += repeats[i];
+    }
+    if (found.rows == 0) return found;
+    if (8 * repeated < found.rows) repeats.assign(tile_size, 0), repeated = 0;
+    const bool fills_gaps = std::is_same_v<Op, Sum> && repeated == 0 &&
+                            8 * (end - first - found.rows) <= end - first;
+    found = {0, 0};
+    for (int64_t i = first; i < end; ++i) {
+      if (counts[i] == 0 && !fills_gaps) continue;
+      if (!repeats[i]) ++found.sums;
+      place[i] = found.sums - 1;
+      sum_of[found.rows] = int32_t(place[i]);
+      rows[found.rows++] = int32_t(i);
+    }
+    for (int64_t n = 0; n < found.sums; ++n) std::fill_n(z + n * ldz, width, Op::kStart);
     for (int64_t p = 0; p < parts; ++p) {
       const Band& band = tile.parts[work.begin + p];
       const Piece& piece = tile.pieces[band.piece];
-      const int64_t* low = &ends[2 * p * tile_size] + piece.local;
-      const Target target{low, low + tile_size, place.data() + piece.local,
-                          piece.end - piece.begin, z, ldz};
+      int64_t* low = &ends[2 * p * tile_size] + piece.local;
+      int64_t* high = low + tile_size;
+      int64_t count = 0;
+      for (int64_t i = 0; i < piece.end - piece.begin; ++i) {
+        const int64_t local = piece.local + i;
+        if (counts[local] == 0 || repeats[local]) continue;
+        low[count] = low[i];
+        high[count] = high[i];
+        part_place[count++] = place[local];
+      }
+      const Target target{low, high, part_place.data(), count, z, ldz};
       if (band.weights) add_ranges<Op, true>(band, target, x, column, width);
       else add_ranges<Op, false>(band, target, x, column, width);
     }
-    if (mean)
-      for (int64_t n = 0; n < found; ++n)
-        if (counts[rows[n]] > 1) scale_row(z + n * ldz, width, 1.0f / counts[rows[n]]);
+    for (int64_t i = first; mean && i < end; ++i)
+      if (counts[i] > 1 && !repeats[i]) scale_row(z + place[i] * ldz, width, 1.0f / counts[i]);
     return found;
   }
 

@@ -162,7 +162,7 @@ void convolve(const View& view, const Block& x, int64_t width_in, const Weights&
               const Weights* root, bool mean, const Table* addend, const Table& out) {
   const int64_t size = view.largest_tile(), ldz = padded(width_in), width = weights.width();
   const int64_t row_width = std::max(width, padded(out.width));
-  const int64_t floats = size * (ldz + 2 * width) + row_width + size + 64;
+  const int64_t floats = size * (ldz + 2 * width) + row_width + 2 * size + 80;
   for_each_task(view.tiles().size(), [&](auto next) {
     for (int64_t t = next(); t >= 0; t = next()) {
       const auto& tile = view.tiles()[t];
@@ -173,6 +173,7 @@ void convolve(const View& view, const Block& x, int64_t width_in, const Weights&
       float* products = scratch.take(size * width);
       float* row = scratch.take(row_width);
       auto rows = reinterpret_cast<int32_t*>(scratch.take(size));
+      auto sum_of = reinterpret_cast<int32_t*>(scratch.take(size));
       for (int64_t i = 0; i < count; ++i) {
         if (!addend) {
           std::fill_n(sums + i * width, width, 0.0f);
@@ -183,20 +184,17 @@ void convolve(const View& view, const Block& x, int64_t width_in, const Weights&
       }
       if (root) root->multiply(0, count, x.data + view.row(tile, 0) * x.stride, x.stride, sums);
       for (const Work& work : tile.works) {
-        const int64_t found =
-            view.template aggregate<Op>(tile, work, x, 0, ldz, mean, z, ldz, rows);
-        if (found == 0) continue;
-        if (rows[found - 1] - rows[0] == found - 1) {
-          weights.multiply(work.relation, found, z, ldz, sums + rows[0] * width);
+        const Found found =
+            view.template aggregate<Op>(tile, work, x, 0, ldz, mean, z, ldz, rows, sum_of);
+        if (found.rows == 0) continue;
+        if (found.apart() && rows[found.rows - 1] - rows[0] == found.rows - 1) {
+          weights.multiply(work.relation, found.rows, z, ldz, sums + rows[0] * width);
           continue;
         }
-        std::fill_n(products, found * width, 0.0f);
-        weights.multiply(work.relation, found, z, ldz, products);
-        for (int64_t n = 0; n < found; ++n) {
-          float* target = sums + rows[n] * width;
-          for (int64_t d = 0; d < width; d += kLanes)
-            store(target + d, load(target + d) + load(products + n * width + d));
-        }
+        std::fill_n(products, found.sums * width, 0.0f);
+        weights.multiply(work.relation, found.sums, z, ldz, products);
+        for (int64_t n = 0; n < found.rows; ++n)
+          add_row(products + sum_of[n] * width, width, sums + rows[n] * width);
       }
       for (int64_t i = 0; i < count; ++i)
         write_row(out.at(view.node(view.row(tile, i))), out.type, out.width,

@@ -36,29 +36,34 @@ void weight_gradient(const View& view, const Gradients& given) {
       const int64_t to_block = (relation * blocks + block) * height * columns;
       char* target = static_cast<char*>(dweight.data_ptr()) +
                      (to_block + (OF_X ? first * columns : first)) * bytes_of(type);
-      Scratch scratch(size * (ldz + ldt) + (in_place ? 0 : rows_of_sums * ldc) + size + 64);
+      Scratch scratch(size * (ldz + ldt) + (in_place ? 0 : rows_of_sums * ldc) + 2 * size + 80);
       float* z = scratch.take(size * ldz);
       float* gathered = scratch.take(size * ldt);
       float* sums =
           in_place ? reinterpret_cast<float*>(target) : scratch.take(rows_of_sums * ldc);
       auto rows = reinterpret_cast<int32_t*>(scratch.take(size));
+      auto sum_of = reinterpret_cast<int32_t*>(scratch.take(size));
       bool is_first = true;
       for (auto at = works.begin(relation); at != works.end(relation); ++at) {
-        const int64_t found =
+        const Found found =
             view.template aggregate<Op>(*at->tile, *at->work, aggregated, block * whole + first,
-                                        padded(count), OF_X && given.mean(), z, ldz, rows);
-        if (found == 0) continue;
+                                        padded(count), OF_X && given.mean(), z, ldz, rows, sum_of);
+        if (found.rows == 0) continue;
         Block own{taken.data + view.row(*at->tile, rows[0]) * taken.stride + block * other,
                   taken.stride};
-        if (rows[found - 1] - rows[0] != found - 1) {
-          for (int64_t n = 0; n < found; ++n)
-            std::copy_n(own.data + (rows[n] - rows[0]) * own.stride, ldt, gathered + n * ldt);
+        if (!found.apart() || rows[found.rows - 1] - rows[0] != found.rows - 1) {
+          for (int64_t n = 0; n < found.rows; ++n) {
+            const float* const row = own.data + (rows[n] - rows[0]) * own.stride;
+            float* const target = gathered + sum_of[n] * ldt;
+            if (n > 0 && sum_of[n] == sum_of[n - 1]) add_row(row, ldt, target);
+            else std::copy_n(row, ldt, target);
+          }
           own = {gathered, ldt};
         }
         const Block sum_of{z, ldz}, &left = OF_X ? sum_of : own, &right = OF_X ? own : sum_of;
         (is_first ? gemm<Order::kColumns, Update::kOverwrite, kLargestTile>
                   : gemm<Order::kColumns, Update::kAdd, kLargestTile>)(
-            rows_of_sums, sum_width, found, left.data, left.stride, right.data, right.stride,
+            rows_of_sums, sum_width, found.sums, left.data, left.stride, right.data, right.stride,
             sums, ldc, nullptr, Nothing{}, kTileColumns);
         is_first = false;
       }

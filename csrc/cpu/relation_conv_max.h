@@ -74,8 +74,11 @@ void pass_through_maxima(const View& targets, const View& sources, const Gradien
         float* products = scratch.take(size * ldp);
         auto rows = reinterpret_cast<int32_t*>(scratch.take(size));
         auto place = reinterpret_cast<int32_t*>(scratch.take(size));
-        const int64_t found = targets.template aggregate<Max>(tile, work, given.x, 0, width, false,
-                                                              z, width, rows);
+        // Maxima are never shared: `place`, overwritten below, would say so.
+        const int64_t found =
+            targets
+                .template aggregate<Max>(tile, work, given.x, 0, width, false, z, width, rows, place)
+                .rows;
         if (found == 0) continue;
         multiply_back(targets, tile, work, given, transposed, found, rows, gathered, products);
         for (int64_t n = 0; n < found; ++n) place[rows[n]] = int32_t(n);

@@ -62,16 +62,14 @@ inline void convolve_products(const EdgeView& from, const EdgeView& to, const Bl
     for_each_task(hearing.end(relation) - places, [&](auto next) {
       for (int64_t task = next(); task >= 0; task = next()) {
         const EdgeTile& tile = *places[task].tile;
-        Scratch scratch(to.largest_tile() * (width + 1) + 64);
+        Scratch scratch(to.largest_tile() * (width + 2) + 80);
         float* z = scratch.take(to.largest_tile() * width);
         auto rows = reinterpret_cast<int32_t*>(scratch.take(to.largest_tile()));
-        const int64_t found = to.aggregate<Sum>(tile, *places[task].work, {products.data(), width},
-                                                0, width, mean, z, width, rows);
-        for (int64_t n = 0; n < found; ++n) {
-          float* target = sums.data() + to.row(tile, rows[n]) * width;
-          for (int64_t d = 0; d < width; d += kLanes)
-            store(target + d, load(target + d) + load(z + n * width + d));
-        }
+        auto sum_of = reinterpret_cast<int32_t*>(scratch.take(to.largest_tile()));
+        const Found found = to.aggregate<Sum>(tile, *places[task].work, {products.data(), width},
+                                              0, width, mean, z, width, rows, sum_of);
+        for (int64_t n = 0; n < found.rows; ++n)
+          add_row(z + sum_of[n] * width, width, sums.data() + to.row(tile, rows[n]) * width);
       }
     });
   }

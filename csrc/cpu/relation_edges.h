@@ -75,14 +75,16 @@ class EdgeView {
   template <class Op>
   void prepare_totals(const Block&, int64_t) {}
 
-  // As BandView's.
+  // As BandView's; no sum is shared.
   template <class Op>
-  int64_t aggregate(const EdgeTile& tile, const Work& work, const Block& x, int64_t column,
-                    int64_t width, bool mean, float* z, int64_t ldz, int32_t* rows) const {
+  Found aggregate(const EdgeTile& tile, const Work& work, const Block& x, int64_t column,
+                  int64_t width, bool mean, float* z, int64_t ldz, int32_t* rows,
+                  int32_t* sum_of) const {
     for (int64_t p = work.begin; p < work.end; ++p) {
       const EdgeRun& run = tile.parts[p];
       float* target = z + (p - work.begin) * ldz;
       rows[p - work.begin] = int32_t(run.row - tile.first);
+      sum_of[p - work.begin] = int32_t(p - work.begin);
       for_each_columns(width, [&](int64_t at, auto vectors) {
         constexpr int VECTORS = decltype(vectors)::value;
         Running<Op, VECTORS> running;
@@ -96,7 +98,7 @@ class EdgeView {
       });
       if (mean) scale_row(target, width, 1.0f / float(run.end - run.begin));
     }
-    return work.end - work.begin;
+    return {work.end - work.begin, work.end - work.begin};
   }
 
   // f(row of the tile, other row, factor, number of the edge) for every edge of one relation.
