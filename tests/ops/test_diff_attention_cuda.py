@@ -32,7 +32,7 @@ def kernels_take_cpu_tensors(emulator):
     """Fresh memory is NaN, and impl="cuda" runs here without a device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(jit._outcomes, "cuda", None)
-        for operation in (api.DENSE, api.VARLEN):
+        for operation in (api.DENSE, api.VARLEN, api.TEMPORAL):
             emulated = Implementation(".ops.diff_attention.cuda")
             patch.setitem(operation.implementations, "cuda", emulated)
         torch.use_deterministic_algorithms(True)
@@ -299,6 +299,26 @@ def test_any_shape_and_mask(shape, dtype, causal, window, mask, norm):
         weight = rand(value_dim, seed=lk).abs() + 0.5
         options |= {"norm_eps": 1e-5, "norm_weight": weight, "out_scale": 0.7}
     check(inputs_of((batch, heads, kv_heads, lq, lk, dim, value_dim), dtype, lq), **options)
+
+
+def test_the_temporal_form():
+    """It is made of the same kernels on shifted keys."""
+    q, k, _, _, v, lam, alpha = inputs_of((2, 2, 1, 19, 19, 16, 24), torch.float32)
+    padding = rand(2, 19, seed=3) > 0.5
+
+    def outcome(impl, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, lam, alpha)]
+        *tensors, alpha_ = leaves
+        out = rdfkern.temporal_diff_attention(
+            *tensors, alpha=alpha_, key_padding_mask=padding, impl=impl
+        )
+        upstream = rand(*out.shape, seed=4).to(dtype)
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    for value, expected in zip(
+        outcome("cuda", torch.float32), outcome("reference", torch.float64), strict=True
+    ):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_registered_operators_give_the_shapes_that_their_fakes_promise():

@@ -459,6 +459,28 @@ def test_packed_equals_one_call_per_sequence(monkeypatch):
         assert torch.equal(out[0].transpose(0, 1), expected)
 
 
+@kernels_run
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_temporal_form(packed, monkeypatch):
+    set_tiles(monkeypatch, 32, 16)
+    lengths = (21, 1, 0, 16)
+    inputs, grad, options = problem(batch=1 if packed else 2, lq=38, lk=38, padded=True, **NORM)
+    described = {name: inputs[f"{name}1"] for name in ("q", "k")} | {"v": inputs["v"]}
+    described |= {"lam": inputs["lam"], "alpha": inputs["alpha"]}
+    if packed:
+        described = {name: x[0].transpose(0, 1) for name, x in described.items()}
+        options["key_padding_mask"] = options["key_padding_mask"][0]
+        options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+        options["max_seqlen"] = max(lengths)
+        grad = grad[0].transpose(0, 1)
+
+    def attend(*, return_lse, **arguments):
+        out = rdfkern.temporal_diff_attention(**arguments)
+        return out, out.new_zeros(0)
+
+    check(described, grad, options, function=attend)
+
+
 def dropped_maps(inputs, options, seed):
     """Which weights of each map the forward kernel keeps: V = 1 shows a map itself."""
     lk = inputs["k1"].shape[2]

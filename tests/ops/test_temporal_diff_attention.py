@@ -317,7 +317,7 @@ def test_choice_of_the_cpu_kernels():
     needs_cpu_kernels()
     x = torch.zeros(1, 1, 2, 2)
     backends = rdfkern.available_backends("temporal_diff_attention", x, x, x, 0.5, dropout_p=0.1)
-    assert "dropout of both maps" in backends["cpu"] and backends["torch"] is None
+    assert "the dropout of both maps" in backends["cpu"] and backends["torch"] is None
     x = x.double()
     backends = rdfkern.available_backends("temporal_diff_attention", x, x, x, 0.5)
     assert "computes in float32" in backends["cpu"]

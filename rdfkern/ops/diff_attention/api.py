@@ -10,7 +10,7 @@ from .arguments import dense_arguments, temporal_arguments, varlen_arguments
 from .config import triton_reason
 from .cuda import can_run as cuda_reason
 from .native import can_run as cpu_reason
-from .temporal import can_run as temporal_cpu_reason
+from .temporal import reason_of
 
 
 def diff_attention(
@@ -208,9 +208,9 @@ def temporal_diff_attention(
     left out as if the dialogue did not have them, so that results do not depend on padding.
     ReDiFu's released network has alpha = lam.
 
-    A2 is A1 with its columns shifted by one step, so that one softmax serves both maps; the CPU
-    kernel takes two, being faster by more than that on dialogues. There are no is_causal and
-    window: the wrap-around would show the first steps the last key, the future.
+    A2 is A1 with its columns shifted by one step, so that one softmax serves both maps; the
+    kernels take two, on the CPU being faster by more than that on dialogues. There are no is_causal
+    and window: the wrap-around would show the first steps the last key, the future.
 
     Args:
         q: (B, H, L, D), or packed (T, H, D) with `cu_seqlens`. float16, bfloat16, float32 or
@@ -265,7 +265,9 @@ FUSED = {
 }
 DENSE = register(Operation("diff_attention", dense_arguments, FUSED | IMPLEMENTATIONS))
 VARLEN = register(Operation("diff_attention_varlen", varlen_arguments, FUSED | IMPLEMENTATIONS))
-SHIFTED = {"cpu": Implementation(".ops.diff_attention.temporal", temporal_cpu_reason)}
+SHIFTED = {
+    name: Implementation(fused.module, reason_of(fused.can_run)) for name, fused in FUSED.items()
+}
 TEMPORAL = register(
     Operation("temporal_diff_attention", temporal_arguments, SHIFTED | IMPLEMENTATIONS)
 )

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..._backends import jit
 from ..._backends.dispatch import Arguments
-from . import op
+from . import op, temporal
 from .native_arguments import backward_chunks, filled, kv_tasks, native_options, unit_stride
 
 diff_attention = partial(op.diff_attention, impl="cpu")
 diff_attention_varlen = partial(op.diff_attention_varlen, impl="cpu")
+temporal_diff_attention = partial(temporal.temporal_diff_attention, impl="cpu")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LANES = 16

@@ -6,22 +6,29 @@ the values, which on dialogues saves more than the second softmax costs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..._backends.dispatch import Arguments
 from . import op
 from .formula import Coefficient
-from .native import can_run as cpu_can_run
+
+Reason = Callable[[Arguments | None], str | None]
 
 
-def can_run(arguments: Arguments | None) -> str | None:
-    """Why the kernels cannot run, or None."""
-    if arguments is None:
-        return cpu_can_run(None)
-    if arguments["dropout_p"] > 0.0:
-        return "it draws the dropout of both maps apart, and here the second drops what the first"
-    return cpu_can_run({"q1": arguments["q"]})
+def reason_of(kernels: Reason) -> Reason:
+    """The predicate of the temporal form on kernels whose own predicate is given."""
+
+    def can_run(arguments: Arguments | None) -> str | None:
+        if arguments is None:
+            return kernels(None)
+        if arguments["dropout_p"] > 0.0:
+            return "draws the dropout of both maps apart, and here the second drops what the first"
+        return kernels({"q1": arguments["q"], "v": arguments["v"], "attn_mask": None})
+
+    return can_run
 
 
 def temporal_diff_attention(
@@ -39,8 +46,9 @@ def temporal_diff_attention(
     norm_weight: Tensor | None,
     norm_eps: float | None,
     out_scale: float,
+    impl: str,
 ) -> Tensor:
-    """`diff_attention` with q2 = q and k2 the keys of the step before."""
+    """`diff_attention` with q2 = q and k2 the keys of the step before, by the kernel `impl`."""
     options = {
         "alpha": alpha,
         "key_padding_mask": key_padding_mask,
@@ -52,7 +60,7 @@ def temporal_diff_attention(
         "norm_eps": norm_eps,
         "out_scale": out_scale,
         "return_lse": False,
-        "impl": "cpu",
+        "impl": impl,
     }
     if cu_seqlens is not None:
         present = None if key_padding_mask is None else ~key_padding_mask
