@@ -2,6 +2,7 @@
 #pragma once
 
 #include <numeric>
+#include <stdexcept>
 
 #include "gemm.h"
 #include "relation.h"
@@ -143,11 +144,14 @@ class Weights {
   Buffer buffer_;
 };
 
-// The weight (1, 1, in, out) of every row's own features, or none.
+// The weight (1, 1, in, out) of every row's own features, or none; the targets are the sources then.
 class RootWeight {
  public:
-  RootWeight(const std::optional<Tensor>& tensor, int64_t uses, bool transposed) {
-    if (tensor) weights_.emplace(*tensor, std::vector<int64_t>{uses}, transposed);
+  RootWeight(const std::optional<Tensor>& tensor, int64_t sources, int64_t targets, int64_t uses,
+             bool transposed) {
+    if (!tensor) return;
+    if (sources != targets) throw std::invalid_argument("root needs targets that are the sources");
+    weights_.emplace(*tensor, std::vector<int64_t>{uses}, transposed);
   }
   const Weights* get() const { return weights_ ? &*weights_ : nullptr; }
 

@@ -120,7 +120,7 @@ void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
     const Weights transposed(weight, uses_of_relations(sources), true);
     if (given.mean()) sources.weigh_by_counts(targets, given.grad_out, given.width_out);
     else sources.prepare_totals<Sum>(given.grad_out, given.width_out);
-    const RootWeight root_weight(root, sources.tiles().size(), true);
+    const RootWeight root_weight(root, x.size(0), grad_out.size(0), sources.tiles().size(), true);
     convolve<Sum>(sources, given.grad_out, given.width_out, transposed, root_weight.get(), false,
                   nullptr, Table(*dx));
   }
@@ -196,7 +196,7 @@ void edges(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
   const EdgeView sources(by_source, relations, edge_weight, given.mean());
   if (dx) {
     const Weights transposed(weight, uses_of_relations(sources), true);
-    const RootWeight root_weight(root, sources.tiles().size(), true);
+    const RootWeight root_weight(root, x.size(0), grad_out.size(0), sources.tiles().size(), true);
     if (transforms_first(targets, sources, transposed))
       convolve_products(targets, sources, given.grad_out, transposed, root_weight.get(), false,
                         nullptr, Table(*dx));

@@ -31,7 +31,7 @@ void forward_bands(const Tensor& x, const Tensor& weight, const std::optional<Te
   BandView view(graph, false);
   const FloatRows rows(Table(x), graph.order.data(), false);
   const Weights weights(weight, uses_of_relations(view), false);
-  const RootWeight root_weight(root, view.tiles().size(), false);
+  const RootWeight root_weight(root, x.size(0), out.size(0), view.tiles().size(), false);
   const std::optional<Table> added = table_of(addend);
   forward(view, rows.block(), x.size(1), weights, root_weight.get(), Aggregation(aggregation),
           added ? &*added : nullptr, out);
@@ -50,7 +50,7 @@ void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Te
   EdgeView targets(by_target, weight.size(0), edge_weight, false);
   const FloatRows rows(Table(x), nullptr, weight.size(1) == 1);
   const Weights weights(weight, uses_of_relations(targets), false);
-  const RootWeight root_weight(root, targets.tiles().size(), false);
+  const RootWeight root_weight(root, x.size(0), out.size(0), targets.tiles().size(), false);
   const std::optional<Table> added = table_of(addend);
   const Table* first = added ? &*added : nullptr;
   if (Aggregation(aggregation) != Aggregation::kMax) {

@@ -458,7 +458,10 @@ class TestRegisteredOperators:
 
     @staticmethod
     def arguments(explicit, form="full"):
-        graph = random_edges(20, 17, 4, 90) if explicit else bind(dialoguegcn(2, 3, 2), (15, 9))
+        sources = 17 if form == "full" else 20  # a root needs targets that are the sources
+        graph = bind(dialoguegcn(2, 3, 2), (15, 9))
+        if explicit:
+            graph = random_edges(sources, 17, 4, 90)
         tensors, past, future = bands.layout(graph)
         x = rand(graph.num_src, 6, seed=1)
         weight = random_weight(form, graph.num_relations, 6, 4)[0]
