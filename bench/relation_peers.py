@@ -41,7 +41,9 @@ def candidates(shape: RelationShape, device: torch.device) -> list[Candidate]:
             found.append(Candidate("dense SDPA", partial(_dot_dense, attend=_sdpa)))
             found.append(Candidate("dense products", partial(_dot_dense, attend=_products)))
         else:
-            found.append(Candidate("ReDiFu, dense", _redifu_dense))
+            found.append(Candidate("ReDiFu, dense", partial(_redifu_dense, pairs=_paired)))
+            as_released = partial(_redifu_dense, pairs=_repeated, unused_softmax=True)
+            found.append(Candidate("ReDiFu, dense as released", as_released))
     return [*found, Candidate("torch by hand", _attention_by_hand)]
 
 
@@ -146,11 +148,21 @@ def _rgat(problem: RelationProblem) -> Run:
     return Run(forward, leaves)
 
 
-def _redifu_dense(problem: RelationProblem) -> Run:
-    """ReDiFu's layer as released: every pair of a padded dialogue with its 2 d + 10 features."""
+def _redifu_dense(
+    problem: RelationProblem,
+    pairs: Callable[[Tensor, Tensor], Tensor],
+    unused_softmax: bool = False,
+) -> Run:
+    """ReDiFu's attention: every pair of a padded dialogue with its 2 d + 10 features.
+
+    The released code repeats the rows of either side in memory before it joins them, and takes a
+    second softmax, without a mask, that nothing uses.
+    """
     shape, heads = problem.shape, problem.shape.heads
     length, channels = shape.length, shape.out // heads
-    codes = _codes(problem, heads * (2 * channels + 10))
+    # The rows of either side, their pairs, and these with the relation's features.
+    copies = 3 if pairs is _repeated else 1
+    codes = _codes(problem, copies * heads * (2 * channels + 10))
     leaves = fresh(problem.inputs)
 
     def features() -> list[Tensor]:
@@ -165,15 +177,30 @@ def _redifu_dense(problem: RelationProblem) -> Run:
         relation = embedding[codes]  # [B, N, N, 10]
         outs = []
         for h, a in zip(features(), leaves["a"], strict=True):
-            of_target = h[:, :, None].expand(-1, -1, length, -1)
-            of_source = h[:, None].expand(-1, length, -1, -1)
-            pairs = torch.cat([of_target, of_source, relation], dim=-1)
-            logits = F.leaky_relu(pairs @ a, 0.2)
+            logits = F.leaky_relu(pairs(h, relation) @ a, 0.2)
+            if unused_softmax:
+                logits.softmax(-1)
             attention = torch.where(codes > 0, logits, -9e15).softmax(-1)
             outs.append(attention @ h)
         return torch.cat(outs, dim=-1).flatten(0, 1)
 
     return Run(forward, leaves)
+
+
+def _paired(h: Tensor, relation: Tensor) -> Tensor:
+    """[B, N, N, 2 C + 10] of h [B, N, C] and features of relations, in one copy."""
+    length = h.shape[1]
+    of_target = h[:, :, None].expand(-1, -1, length, -1)
+    of_source = h[:, None].expand(-1, length, -1, -1)
+    return torch.cat([of_target, of_source, relation], dim=-1)
+
+
+def _repeated(h: Tensor, relation: Tensor) -> Tensor:
+    """The same, made of rows that are repeated, of their pairs, and of these with the relation."""
+    length = h.shape[1]
+    of_target, of_source = h.repeat_interleave(length, dim=1), h.repeat(1, length, 1)
+    pairs = torch.cat([of_target, of_source], dim=-1).unflatten(1, (length, length))
+    return torch.cat([pairs, relation], dim=-1)
 
 
 def _dot_dense(problem: RelationProblem, attend: Callable[..., Tensor]) -> Run:
