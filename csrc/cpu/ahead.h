@@ -10,9 +10,12 @@ class Ahead {
  public:
   void add(const Rows& rows, int64_t batch, int64_t head, int64_t first, int64_t count,
            int64_t size) {
-    if (count > 0)
-      runs_[size_++] = {rows.at(batch, head, first), rows.row_stride * bytes_of(rows.type),
-                        size * bytes_of(rows.type), count};
+    add(rows.at(batch, head, first), rows.row_stride * bytes_of(rows.type),
+        size * bytes_of(rows.type), count);
+  }
+  // `count` rows of so many bytes each, `stride` bytes apart.
+  void add(const char* first, int64_t stride, int64_t bytes, int64_t count) {
+    if (count > 0) runs_[size_++] = {first, stride, bytes, count};
   }
 
   // After every tile of a product, by std::ref.

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "ahead.h"
 #include "gemm.h"
 #include "relation.h"
 
@@ -74,9 +75,18 @@ class Weights {
   // Floats of a row of products: every block's columns in whole vectors.
   int64_t width() const { return blocks * padded_columns; }
 
+  // Asks for the blocks of a relation, unless they would take much of the cache.
+  void foresee(int64_t relation, Ahead& ahead) const {
+    if (copy_of_block_ || blocks > 1 || rows * columns > kForeseen) return;
+    const float* matrix = data_ + relation * relation_stride_;
+    const int64_t lines = transposed_ ? columns : rows, length = transposed_ ? rows : columns;
+    ahead.add(reinterpret_cast<const char*>(matrix), row_stride_ * sizeof(float),
+              length * sizeof(float), lines);
+  }
+
   // products row n += z row n times the blocks of one relation.
-  void multiply(int64_t relation, int64_t count, const float* z, int64_t ldz,
-                float* products) const {
+  void multiply(int64_t relation, int64_t count, const float* z, int64_t ldz, float* products,
+                Ahead& ahead) const {
     thread_local std::vector<float> copied;
     for (int64_t block = 0; block < blocks; ++block) {
       const float* matrix = data_ + relation * relation_stride_ + block * block_stride_;
@@ -90,7 +100,7 @@ class Weights {
       gemm<Order::kRows, Update::kAdd, kLongInner>(
           count, padded_columns, rows, z + block * rows, ldz, matrix,
           copies_ ? copied_stride() : row_stride_, products + block * padded_columns, width(),
-          nullptr, Nothing{}, copies_ ? panel() : kTileColumns);
+          nullptr, std::ref(ahead), copies_ ? panel() : kTileColumns);
     }
   }
 
@@ -113,6 +123,7 @@ class Weights {
  private:
   // As plain torch's products sum them.
   static constexpr int64_t kLongInner = 256;
+  static constexpr int64_t kForeseen = 1 << 15;  // floats
 
   int64_t copied_stride() const { return std::min<int64_t>(kTileColumns, padded_columns); }
   int64_t panel() const { return rows * copied_stride(); }
@@ -186,17 +197,22 @@ void convolve(const View& view, const Block& x, int64_t width_in, const Weights&
         read_row(addend->at(view.node(view.row(tile, i))), addend->type, out.width, row);
         weights.spread(row, sums + i * width);
       }
-      if (root) root->multiply(0, count, x.data + view.row(tile, 0) * x.stride, x.stride, sums);
-      for (const Work& work : tile.works) {
+      Ahead nothing;
+      if (root)
+        root->multiply(0, count, x.data + view.row(tile, 0) * x.stride, x.stride, sums, nothing);
+      for (size_t w = 0; w < tile.works.size(); ++w) {
+        const Work& work = tile.works[w];
+        Ahead ahead;
+        if (w + 1 < tile.works.size()) weights.foresee(tile.works[w + 1].relation, ahead);
         const Found found =
             view.template aggregate<Op>(tile, work, x, 0, ldz, mean, z, ldz, rows, sum_of);
         if (found.rows == 0) continue;
         if (found.apart() && rows[found.rows - 1] - rows[0] == found.rows - 1) {
-          weights.multiply(work.relation, found.rows, z, ldz, sums + rows[0] * width);
+          weights.multiply(work.relation, found.rows, z, ldz, sums + rows[0] * width, ahead);
           continue;
         }
         std::fill_n(products, found.sums * width, 0.0f);
-        weights.multiply(work.relation, found.sums, z, ldz, products);
+        weights.multiply(work.relation, found.sums, z, ldz, products, ahead);
         for (int64_t n = 0; n < found.rows; ++n)
           add_row(products + sum_of[n] * width, width, sums + rows[n] * width);
       }

@@ -30,7 +30,8 @@ void multiply_back(const View& view, const typename View::Tile& tile, const Work
     std::copy_n(given.grad_out.data + view.row(tile, rows[n]) * given.grad_out.stride, ld_out,
                 gathered + n * ld_out);
   std::fill_n(products, count * width, 0.0f);
-  transposed.multiply(work.relation, count, gathered, ld_out, products);
+  Ahead nothing;
+  transposed.multiply(work.relation, count, gathered, ld_out, products, nothing);
   for (int64_t n = 0; n < count; ++n) {
     transposed.close_up(products + n * width);
     std::fill(products + n * width + given.width_in, products + (n + 1) * width, 0.0f);

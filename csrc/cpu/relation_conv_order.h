@@ -30,6 +30,7 @@ inline void convolve_products(const EdgeView& from, const EdgeView& to, const Bl
   const int64_t width = weights.width(), ldz = padded(weights.blocks * weights.rows);
   const Buffer products(from.num_rows() * width), sums(out.rows * width);
   torch::stable::parallel_for(0, out.rows, 64, [&](int64_t begin, int64_t end) {
+    Ahead nothing;
     Scratch scratch(padded(out.width) + 16);
     float* row = scratch.take(padded(out.width));
     std::fill(sums.data() + begin * width, sums.data() + end * width, 0.0f);
@@ -39,7 +40,7 @@ inline void convolve_products(const EdgeView& from, const EdgeView& to, const Bl
     }
     if (root)
       root->multiply(0, end - begin, x.data + begin * x.stride, x.stride,
-                     sums.data() + begin * width);
+                     sums.data() + begin * width, nothing);
   });
   for (int64_t relation = 0; relation < to.relations(); ++relation) {
     const auto* places = sending.begin(relation);
@@ -53,7 +54,8 @@ inline void convolve_products(const EdgeView& from, const EdgeView& to, const Bl
         for (int64_t n = 0; n < count; ++n)
           std::copy_n(x.data + runs[n].row * x.stride, ldz, gathered + n * ldz);
         std::fill_n(made, count * width, 0.0f);
-        weights.multiply(relation, count, gathered, ldz, made);
+        Ahead nothing;
+        weights.multiply(relation, count, gathered, ldz, made, nothing);
         for (int64_t n = 0; n < count; ++n)
           std::copy_n(made + n * width, width, products.data() + runs[n].row * width);
       }
