@@ -46,8 +46,20 @@ FAULTS = {
     "mean over one more": (
         "fwd",
         "relation_bands.h",
-        "width, 1.0f / counts[rows[n]]",
-        "width, 1.0f / (counts[rows[n]] + 1)",
+        "ldz, width, 1.0f / counts[i]",
+        "ldz, width, 1.0f / (counts[i] + 1)",
+    ),
+    "sum of a row that hears less": (
+        "fwd",
+        "relation_bands.h",
+        "low[i] != low[i - 1] || high[i] != high[i - 1]",
+        "low[i] != low[i - 1]",
+    ),
+    "product of the sum before": (
+        "fwd",
+        "relation_conv.h",
+        "products + sum_of[n] * width",
+        "products + std::max(sum_of[n] - 1, 0) * width",
     ),
     "prefix one row short": (
         "fwd",
@@ -119,9 +131,8 @@ FAULTS = {
     "last tile forgotten": (
         "fwd",
         "relation_conv.h",
-        "for (const Work& work : tile.works) {\n        const int64_t found",
-        "for (const Work& work : tile.works) {\n        if (t == 7) break;\n"
-        "        const int64_t found",
+        "w < tile.works.size(); ++w) {",
+        "w < tile.works.size() && t != 7; ++w) {",
     ),
 }
 
