@@ -24,9 +24,9 @@ std::optional<Table> table_of(const std::optional<Tensor>& tensor) {
 }
 
 void forward_bands(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& root,
-                   const std::optional<Tensor>& addend, const Tensor& order, const Tensor& position, const Tensor& start,
-                   const Tensor& table, int64_t past, int64_t future, int64_t aggregation,
-                   const Tensor& out) {
+                   const std::optional<Tensor>& addend, const Tensor& order,
+                   const Tensor& position, const Tensor& start, const Tensor& table, int64_t past,
+                   int64_t future, int64_t aggregation, const Tensor& out) {
   const BandGraph graph(order, position, start, table, weight.size(0), past, future);
   BandView view(graph, false);
   const FloatRows rows(Table(x), graph.order.data(), false);
@@ -38,11 +38,11 @@ void forward_bands(const Tensor& x, const Tensor& weight, const std::optional<Te
 }
 
 void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& root,
-                   const std::optional<Tensor>& addend, const std::optional<Tensor>& edge_weight, const Tensor& dst_start,
-                   const Tensor& dst_source, const Tensor& dst_relation, const Tensor& dst_edge,
-                   const Tensor& dst_count, const Tensor& src_start, const Tensor& src_target,
-                   const Tensor& src_relation, const Tensor& src_edge, const Tensor& src_count,
-                   int64_t aggregation, const Tensor& out) {
+                   const std::optional<Tensor>& addend, const std::optional<Tensor>& edge_weight,
+                   const Tensor& dst_start, const Tensor& dst_source, const Tensor& dst_relation,
+                   const Tensor& dst_edge, const Tensor& dst_count, const Tensor& src_start,
+                   const Tensor& src_target, const Tensor& src_relation, const Tensor& src_edge,
+                   const Tensor& src_count, int64_t aggregation, const Tensor& out) {
   const Edges by_target{Indices(dst_start), Indices(dst_source), Indices(dst_relation),
                         Indices(dst_edge), Indices(dst_count)};
   const Edges by_source{Indices(src_start), Indices(src_target), Indices(src_relation),
