@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def is_recorded(*arguments: Any) -> bool:
     """Whether autograd would record an operation on these; what is no tensor does not count.
 
-    Where it would not, an autograd function is left out: it takes longer than small problems.
+    Where it would not, an autograd function is left out: it takes longer than small problems. In
+    forward mode, which the kernels do not have, that function raises; without it, tangents would
+    be lost in silence.
     """
-    return torch.is_grad_enabled() and any(
-        x.requires_grad for x in arguments if isinstance(x, Tensor)
-    )
+    tensors = [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point()]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return recorded or any(unpack_dual(x).tangent is not None for x in tensors)
