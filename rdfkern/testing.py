@@ -16,13 +16,14 @@ def assert_within_budget(
     truth: Mapping[str, Tensor],
     *,
     factor: float = 2.0,
+    rms: float = 2.0,
 ) -> None:
     """Each tensor errs at most `factor` times as much as plain torch does, plus one rounding.
 
     The error of a tensor is its largest absolute difference from the truth; one rounding is the
     dtype's epsilon times the largest magnitude of the truth. The largest of many errors is one draw
     of noise, and plain torch draws another: a tensor of `MANY` elements or more also errs at most
-    twice as much in the root mean square, which does not depend on luck.
+    `rms` times as much in the root mean square, which does not depend on luck.
 
     Args:
         actual: outputs and gradients of the implementation, by name.
@@ -51,7 +52,7 @@ def assert_within_budget(
         epsilon = torch.finfo(value.dtype).eps
         rules = [("largest", factor, lambda x: x.abs().max())]
         if exact.numel() >= MANY:
-            rules.append(("root mean square", 2.0, lambda x: x.square().mean().sqrt()))
+            rules.append(("root mean square", rms, lambda x: x.square().mean().sqrt()))
         for what, times, norm in rules:
             error, budget = norm(errors), times * (norm(plain_errors) + epsilon * norm(exact))
             assert error <= budget, f"{name}: {what} error {error:.3e} exceeds {budget:.3e}"

@@ -106,9 +106,7 @@ def compile_for():
 def registers(tmp_path):
     """f(compiled, architecture): (registers of a thread, bytes of them that are spilled, stores and
     loads added), as ptxas counts them; of AMD's compiler both are numbers of vector registers."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    from triton.backends.nvidia.compiler import get_ptxas  # which one depends on the version
 
     def count(compiled, architecture):
         if architecture.startswith("gfx"):
@@ -119,11 +117,18 @@ def registers(tmp_path):
             ]
             return int(found[0]), int(found[1])
         capability = int(architecture[3:])
-        ptxas = "ptxas" if capability < 90 else "ptxas-blackwell"
         source = tmp_path / "kernel.ptx"
         source.write_text(compiled.asm["ptx"])
         log = subprocess.run(
-            [tools / ptxas, "-lineinfo", "-v", "--regAllocOptLevel=2", source, "-o", os.devnull]
+            [
+                get_ptxas(capability).path,
+                "-lineinfo",
+                "-v",
+                "--regAllocOptLevel=2",
+                source,
+                "-o",
+                os.devnull,
+            ]
             + [f"--gpu-name={architecture}{'a' if capability >= 90 else ''}"],
             capture_output=True,
             text=True,

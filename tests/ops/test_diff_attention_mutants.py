@@ -104,8 +104,8 @@ MUTANTS = {
     "padding let through": (TILES, "padded != 0", "padded > 1", "padding"),
     "maps saved in the wrong order": (
         FORWARD,
-        "return out, lse, o2, o1",
-        "return out, lse, o1, o2",
+        "maps = (o1, o2) if",
+        "maps = (o2, o1) if",
         "plain",
     ),
     "decode: heads of a group mixed up": (

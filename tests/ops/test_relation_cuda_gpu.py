@@ -68,6 +68,7 @@ def test_error_budget(case, kind, dtype):
     actual, repeated = (results(IMPL, *problem, device=DEVICE, dtype=dtype) for _ in range(2))
     plain = results("reference", *problem, device="cpu", dtype=dtype)
     truth = results("reference", *problem, device="cpu", dtype=torch.float64)
-    assert_within_budget(actual, plain, truth, factor=6.0)
+    # exp2f errs by up to two units in the last place there.
+    assert_within_budget(actual, plain, truth, factor=6.0, rms=3.0)
     for name, value in actual.items():
         assert torch.equal(repeated[name], value), name

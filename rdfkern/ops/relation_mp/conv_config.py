@@ -105,6 +105,8 @@ def tiles(
     chosen = DEFAULTS[kernel.split("_")[0]][_generation(architecture)]
     if kernel.endswith("largest"):
         chosen = replace(chosen, block_c=32, num_warps=8)
+    elif kernel == "edges_factor":
+        chosen = replace(chosen, num_warps=8)
     elif kernel.endswith("max"):
         chosen = MAXIMA
     if dtype == torch.float32:
