@@ -43,9 +43,9 @@ class Tiles:
 # have up to 128 padded columns, up to 256 and up to 512.
 DEFAULTS = {
     "forward": {
-        "sm_80": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
+        "sm_80": (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
         "sm_90": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
-        "sm_100": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
+        "sm_100": (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
         "gfx": (Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
     "targets": {
