@@ -11,9 +11,15 @@ from rdfkern._backends.autograd import is_recorded
 GRAPH = RelationSpec.speaker_direction(2, 2, 2).bind(
     torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 3, 5])
 )
-X, WEIGHT = torch.randn(5, 4), torch.randn(GRAPH.num_relations, 4, 3)
-LOGIT_REL = torch.randn(GRAPH.num_relations, 2)
-ROWS = torch.randn(1, 2, 5, 8)
+RANDOM = torch.Generator().manual_seed(0)
+
+
+def rand(*shape):
+    return torch.randn(shape, generator=RANDOM)
+
+
+WEIGHT, LOGIT_REL = rand(GRAPH.num_relations, 4, 3), rand(GRAPH.num_relations, 2)
+ROWS = rand(1, 2, 5, 8)
 
 
 def attend(v, impl):
@@ -30,9 +36,9 @@ def attend_relations(logits, impl):
 
 
 OPERATIONS = {
-    "diff_attention": (attend, torch.randn(1, 2, 5, 16)),
-    "relation_conv": (convolve, X),
-    "relation_attention": (attend_relations, torch.randn(5, 2)),
+    "diff_attention": (attend, rand(1, 2, 5, 16)),
+    "relation_conv": (convolve, rand(5, 4)),
+    "relation_attention": (attend_relations, rand(5, 2)),
 }
 
 
