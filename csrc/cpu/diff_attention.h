@@ -10,6 +10,7 @@
 #include "ahead.h"
 #include "dropout.h"
 #include "gemm.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace rdfkern {

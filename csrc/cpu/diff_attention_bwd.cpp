@@ -281,6 +281,7 @@ void backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, const 
       {Rows(dq1), Rows(dq2)}, {Rows(dk1), Rows(dk2)}, Rows(dv),
       Coefficient(dlam), Coefficient(dalpha),
       dnorm_weight ? static_cast<float*>(dnorm_weight->data_ptr()) : nullptr};
+  ask_for_huge_pages({dq1, dk1, dq2, dk2, dv});
   Backward(problem, saved, gradients, chunks).run();
 }
 

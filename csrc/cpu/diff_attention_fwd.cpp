@@ -72,6 +72,7 @@ void forward(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor&
                   lse.stride(0), lse.stride(1), lse.stride(2)};
   if (o2) outputs.o2.emplace(*o2);
   if (o) outputs.o.emplace(*o);
+  ask_for_huge_pages({out, o2, o});
   run(problem, outputs);
 }
 

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "pages.h"
 #include "rows.h"
 
 namespace rdfkern {
@@ -47,6 +48,7 @@ class Kept {
     }
     auto fresh = static_cast<float*>(std::aligned_alloc(64, bytes));
     if (!fresh) throw std::bad_alloc();
+    ask_for_huge_pages(fresh, bytes);
     return {fresh, bytes};
   }
 

@@ -8,6 +8,7 @@
 
 #include "dropout.h"
 #include "gemm.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace rdfkern::relation_attention {

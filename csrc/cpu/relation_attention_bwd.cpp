@@ -204,6 +204,7 @@ void backward(const Tensor& grad_out, const Tensor& value, const Tensor& dst, co
                         within, dropout_p, seed);
   const Saved saved{head_rows(grad_out), head_rows(out),
                     KeptSoftmax(problem, static_cast<float*>(softmax.data_ptr()))};
+  ask_for_huge_pages({dvalue, ddst, dsrc});
   std::vector<float> to_targets;
   Gradients gradients;
   gradients.values = head_rows(dvalue);

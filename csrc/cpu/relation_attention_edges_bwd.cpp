@@ -115,6 +115,7 @@ void backward(const Tensor& grad_out, const std::vector<Tensor>& lists, const Te
               int64_t depth, double scale, double negative_slope, bool within, double dropout_p,
               int64_t seed, const Tensor& weights, const Tensor& slopes, const Tensor& dvalue,
               const Tensor& ddst, const Tensor& dsrc, const Tensor& drel) {
+  ask_for_huge_pages({weights, slopes, dvalue, ddst, dsrc});
   with_index(lists, [&](auto index) {
     const auto arguments =
         arguments_of<decltype(index)>(lists, value, dst, src, rel, value_dim, depth, scale,

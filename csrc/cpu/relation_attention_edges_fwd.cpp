@@ -31,6 +31,7 @@ void attend(const Arguments<Index>& arguments, const Rows& out) {
 void forward(const std::vector<Tensor>& lists, const Tensor& value, const Tensor& dst,
              const Tensor& src, const Tensor& rel, int64_t value_dim, int64_t depth, double scale,
              double negative_slope, bool within, double dropout_p, int64_t seed, const Tensor& out) {
+  ask_for_huge_pages({out});
   with_index(lists, [&](auto index) {
     const auto arguments =
         arguments_of<decltype(index)>(lists, value, dst, src, rel, value_dim, depth, scale,

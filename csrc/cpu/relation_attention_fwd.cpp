@@ -223,6 +223,7 @@ void forward(const Tensor& value, const Tensor& dst, const Tensor& src, const Te
              const Tensor& out, const Tensor& softmax) {
   const Problem problem(value, dst, src, rel, key, ranges, table, of_values, scale, negative_slope,
                         within, dropout_p, seed);
+  ask_for_huge_pages({out});
   Forward(problem, head_rows(out), static_cast<float*>(softmax.data_ptr())).run();
 }
 

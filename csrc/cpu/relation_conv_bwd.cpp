@@ -102,6 +102,7 @@ void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
            const Tensor& start, const Tensor& table, int64_t past, int64_t future,
            int64_t aggregation, const std::optional<Tensor>& dx,
            const std::optional<Tensor>& dweight, const std::optional<Tensor>& droot) {
+  ask_for_huge_pages({dx, dweight});
   const BandGraph graph(order, position, start, table, weight.size(0), past, future);
   const FloatRows x_rows(Table(x), graph.order.data(), false);
   const FloatRows grad_rows(Table(grad_out), graph.order.data(), false);
@@ -173,6 +174,7 @@ void edges(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
            const Tensor& src_count, int64_t aggregation, const std::optional<Tensor>& dx,
            const std::optional<Tensor>& dweight, const std::optional<Tensor>& droot,
            const std::optional<Tensor>& dedge_weight) {
+  ask_for_huge_pages({dx, dweight});
   const Edges by_target{Indices(dst_start), Indices(dst_source), Indices(dst_relation),
                         Indices(dst_edge), Indices(dst_count)};
   const Edges by_source{Indices(src_start), Indices(src_target), Indices(src_relation),

@@ -27,6 +27,7 @@ void forward_bands(const Tensor& x, const Tensor& weight, const std::optional<Te
                    const std::optional<Tensor>& addend, const Tensor& order,
                    const Tensor& position, const Tensor& start, const Tensor& table, int64_t past,
                    int64_t future, int64_t aggregation, const Tensor& out) {
+  ask_for_huge_pages({out});
   const BandGraph graph(order, position, start, table, weight.size(0), past, future);
   BandView view(graph, false);
   const FloatRows rows(Table(x), graph.order.data(), false);
@@ -43,6 +44,7 @@ void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Te
                    const Tensor& dst_edge, const Tensor& dst_count, const Tensor& src_start,
                    const Tensor& src_target, const Tensor& src_relation, const Tensor& src_edge,
                    const Tensor& src_count, int64_t aggregation, const Tensor& out) {
+  ask_for_huge_pages({out});
   const Edges by_target{Indices(dst_start), Indices(dst_source), Indices(dst_relation),
                         Indices(dst_edge), Indices(dst_count)};
   const Edges by_source{Indices(src_start), Indices(src_target), Indices(src_relation),
