@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <type_traits>
 
 #include "ahead.h"
 #include "dropout.h"
@@ -55,7 +56,9 @@ struct Mask {
   }
 };
 
+// With one map, out = norm(alpha softmax(q1 k1ᵀ) v), and of what has two entries the second is idle.
 struct Problem {
+  int maps;
   Rows q[2], k[2], v;
   Coefficient lam, alpha;
   std::optional<Mask> mask;
@@ -69,13 +72,15 @@ struct Problem {
   int64_t heads, kv_heads, head_dim, value_dim, head_width, value_width;
   std::vector<Sequence> sequences;
 
-  Problem(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor& k2,
-          const Tensor& values, const Tensor& lam_, const Tensor& alpha_,
+  Problem(const Tensor& q1, const Tensor& k1, const std::optional<Tensor>& q2,
+          const std::optional<Tensor>& k2, const Tensor& values,
+          const std::optional<Tensor>& lam_, const Tensor& alpha_,
           const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
           const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
           const std::optional<Tensor>& norm_weight_, int64_t left_, int64_t right_, double scale_,
           double norm_eps_, double out_scale_, double dropout_p, int64_t seed)
-      : q{Rows(q1), Rows(q2)}, k{Rows(k1), Rows(k2)}, v(values), lam(lam_), alpha(alpha_),
+      : maps(q2 ? 2 : 1), q{Rows(q1), Rows(q2 ? *q2 : q1)}, k{Rows(k1), Rows(k2 ? *k2 : k1)},
+        v(values), lam(lam_ ? *lam_ : alpha_), alpha(alpha_),
         norm_eps(norm_eps_), out_scale(float(out_scale_)), scale(float(scale_)), left(left_),
         right(right_), dropout{dropout_p, uint64_t(seed)}, heads(q1.size(1)),
         kv_heads(k1.size(1)), head_dim(q1.size(q1.dim() - 1)),
@@ -99,6 +104,7 @@ struct Problem {
   }
 
   bool has_norm() const { return norm_eps >= 0; }
+  bool has_dropout() const { return dropout.probability > 0; }
   bool has_bias() const { return mask && mask->type != ScalarType::Bool; }
   // Not quite 0 for a scale of 0, which would make NaN of a hidden key's -inf.
   float score_factor() const { return std::max(std::fabs(scale) * kLog2e, 1e-30f); }
@@ -121,6 +127,16 @@ struct Problem {
   }
 };
 
+// body(maps, dropout), both as types with a constant value.
+template <class Body>
+void with_options(const Problem& problem, const Body& body) {
+  auto with_maps = [&](auto maps) {
+    problem.has_dropout() ? body(maps, std::true_type{}) : body(maps, std::false_type{});
+  };
+  problem.maps == 1 ? with_maps(std::integral_constant<int, 1>{})
+                    : with_maps(std::integral_constant<int, 2>{});
+}
+
 // Up to kPanel queries of one head.
 struct Panel {
   const Problem& problem;
@@ -130,7 +146,9 @@ struct Panel {
   int64_t columns() const { return padded(count); }
   int64_t shift() const { return sequence.keys - sequence.queries; }
   int64_t row(int64_t i) const { return sequence.first_query + first + i; }
-  float lam(int64_t i) const { return problem.lam.at(sequence.batch, head, row(i)); }
+  float lam(int64_t i) const {
+    return problem.maps == 1 ? 0.0f : problem.lam.at(sequence.batch, head, row(i));
+  }
   float alpha(int64_t i) const { return problem.alpha.at(sequence.batch, head, row(i)); }
 
   // Keys outside [keys_begin, keys_end) are hidden from every query of the panel.

@@ -24,7 +24,8 @@ class Backward {
       : problem_(problem), saved_(saved), gradients_(gradients), chunks_(chunks) {
     for (size_t s = 0; s < problem.sequences.size(); ++s) {
       const Sequence& sequence = problem.sequences[s];
-      if (!saved.o2 && (sequence.keys > kWholeKeys || chunks > 1))
+      const bool has_rows = saved.o && (problem.maps == 1 || saved.o2);
+      if (!has_rows && (sequence.keys > kWholeKeys || chunks > 1))
         throw std::invalid_argument("max_seqlen_k is below the longest sequence of keys");
       longest_ = std::max(longest_, sequence.keys);
       for (int64_t head = 0; head < problem.kv_heads; ++head)
@@ -101,7 +102,7 @@ class Backward {
     // Rows of dk and dv before this one hold sums. Later panels of a head never begin earlier.
     int64_t summed = phase == 0 ? 0 : keys;
     auto clear_up_to = [&](int64_t row) {
-      for (const Sum& sum : dk) sum.clear(summed, row, head_width);
+      for (int map = 0; map < problem_.maps; ++map) dk[map].clear(summed, row, head_width);
       dv.clear(summed, row, value_width);
       summed = std::max(summed, row);
     };
@@ -123,7 +124,7 @@ class Backward {
                            end == panel.keys_end();
         rows.prepare(panel, whole, norm_partial);
         Sum dq[2];
-        for (int map = 0; map < 2; ++map) {
+        for (int map = 0; map < problem_.maps; ++map) {
           const Rows& target = gradients_.q[map];
           dq[map] = in_place_q
                         ? Sum{target.floats(batch, head, panel.row(0)), target.row_stride}
@@ -133,15 +134,16 @@ class Backward {
         auto read_block = [&](int64_t key, int64_t count) {
           const int64_t at = key - key_begin, from = sequence.first_key + key;
           clear_up_to(at);
-          return KeyBlock{
-              {read_rows(problem_.k[0], batch, task.kv_head, from, count, problem_.head_dim,
-                         key_rows[0]),
-               read_rows(problem_.k[1], batch, task.kv_head, from, count, problem_.head_dim,
-                         key_rows[1])},
-              view_rows(problem_.v, batch, task.kv_head, from, count, problem_.value_dim,
-                        value_rows),
-              {dk[0].from(at), dk[1].from(at)}, dv.from(at), key, count,
-              std::min(count, summed - at)};
+          KeyBlock block{{},
+                         view_rows(problem_.v, batch, task.kv_head, from, count,
+                                   problem_.value_dim, value_rows),
+                         {}, dv.from(at), key, count, std::min(count, summed - at)};
+          for (int map = 0; map < problem_.maps; ++map) {
+            block.keys[map] = read_rows(problem_.k[map], batch, task.kv_head, from, count,
+                                        problem_.head_dim, key_rows[map]);
+            block.dk[map] = dk[map].from(at);
+          }
+          return block;
         };
         auto add = [&](const KeyBlock& block, const Tiles& differentiated) {
           add_block(panel, rows, block, differentiated, dq, phase == 0 && block.first == begin,
@@ -154,7 +156,7 @@ class Backward {
             block = read_block(begin + first, count);
             const Tiles of_block = tiles.from(first);
             fill_tiles(panel, rows, *block, of_block, ahead);
-            statistics.add(number, panel, count, of_block, has_dropout());
+            statistics.add(number, panel, count, of_block, problem_.has_dropout());
           });
           statistics.merge(panel, rows, blocks_of(end - begin));
           for_each_block(end - begin, [&](int64_t number, int64_t first, int64_t count) {
@@ -163,16 +165,18 @@ class Backward {
               block = read_block(begin + first, count);
               drop(panel, *block, of_block);
             }
-            has_dropout() ? statistics.differentiate<true>(number, panel, rows, count, of_block)
-                          : statistics.differentiate<false>(number, panel, rows, count, of_block);
+            with_options(problem_, [&](auto maps, auto dropout) {
+              statistics.differentiate<maps(), dropout()>(number, panel, rows, count, of_block);
+            });
             add(*block, of_block);
           });
         } else {
           for (int64_t key = begin; key < end; key += kKeys) {
             const KeyBlock block = read_block(key, std::min(kKeys, end - key));
             fill_tiles(panel, rows, block, tiles, ahead);
-            has_dropout() ? differentiate<true>(panel, rows, block.count, tiles)
-                          : differentiate<false>(panel, rows, block.count, tiles);
+            with_options(problem_, [&](auto maps, auto dropout) {
+              differentiate<maps(), dropout()>(panel, rows, block.count, tiles);
+            });
             add(block, tiles);
           }
         }
@@ -186,14 +190,13 @@ class Backward {
                   sum.from(j).data);
     };
     if (!in_place_k)
-      for (int map = 0; map < 2; ++map) write(gradients_.k[map], problem_.head_dim, dk[map]);
+      for (int map = 0; map < problem_.maps; ++map)
+        write(gradients_.k[map], problem_.head_dim, dk[map]);
     if (!in_place_v) write(gradients_.v, problem_.value_dim, dv);
   }
 
-  bool has_dropout() const { return problem_.dropout.probability > 0; }
-
   void drop(const Panel& panel, const KeyBlock& block, const Tiles& tiles) const {
-    if (has_dropout())
+    if (problem_.has_dropout())
       problem_.dropout.fill(panel.sequence_index * problem_.heads + panel.head, panel.first,
                             panel.columns(), block.first, block.count, tiles.factors,
                             kPanelStride);
@@ -202,7 +205,7 @@ class Backward {
   // Scores of both maps, dP and factors.
   void fill_tiles(const Panel& panel, const PanelRows& rows, const KeyBlock& block,
                   const Tiles& tiles, Ahead& ahead) const {
-    for (int map = 0; map < 2; ++map)
+    for (int map = 0; map < problem_.maps; ++map)
       panel.scores(rows.queries_t[map], block.keys[map], block.first, block.count,
                    tiles.kept[map], ahead);
     gemm<Order::kRows, Update::kOverwrite>(
@@ -216,7 +219,7 @@ class Backward {
     const int64_t head_width = problem_.head_width, value_width = problem_.value_width;
     add_keys(block, panel.count, tiles.kept[2], {rows.grad_natural, value_width}, value_width,
              block.dv, ahead);
-    for (int map = 0; map < 2; ++map) {
+    for (int map = 0; map < problem_.maps; ++map) {
       const float* const slopes = tiles.kept[map];
       add_keys(block, panel.count, slopes, rows.queries[map], head_width, block.dk[map], ahead);
       (first_of_dq ? gemm_anew<Order::kColumns> : gemm_add<Order::kColumns>)(
@@ -241,10 +244,10 @@ class Backward {
     for (int64_t i = 0; i < panel.count; ++i) {
       const int64_t at = panel.row(i);
       if (!in_place_q)
-        for (int map = 0; map < 2; ++map)
+        for (int map = 0; map < problem_.maps; ++map)
           write_row(gradients_.q[map].at(batch, panel.head, at), gradients_.q[map].type,
                     problem_.head_dim, dq[map].from(i).data);
-      gradients_.lam.at(batch, panel.head, at) = -rows.delta[1][i];
+      if (gradients_.lam) gradients_.lam->at(batch, panel.head, at) = -rows.delta[1][i];
       float& dalpha = gradients_.alpha.at(batch, panel.head, at);
       dalpha = rows.dalpha[i] + (phase > 0 ? dalpha : 0.0f);
     }
@@ -259,15 +262,17 @@ class Backward {
   std::vector<float> norm_weight_partials_;
 };
 
-void backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, const Tensor& q2,
-              const Tensor& k2, const Tensor& v, const Tensor& lam, const Tensor& alpha,
+void backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1,
+              const std::optional<Tensor>& q2, const std::optional<Tensor>& k2, const Tensor& v,
+              const std::optional<Tensor>& lam, const Tensor& alpha,
               const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
               const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
               const std::optional<Tensor>& norm_weight, int64_t left, int64_t right, double scale,
               double norm_eps, double out_scale, double dropout_p, int64_t seed, const Tensor& lse,
-              const std::optional<Tensor>& o2, const std::optional<Tensor>& o, int64_t chunks, const Tensor& dq1,
-              const Tensor& dk1, const Tensor& dq2, const Tensor& dk2, const Tensor& dv,
-              const Tensor& dlam, const Tensor& dalpha,
+              const std::optional<Tensor>& o2, const std::optional<Tensor>& o, int64_t chunks,
+              const Tensor& dq1, const Tensor& dk1, const std::optional<Tensor>& dq2,
+              const std::optional<Tensor>& dk2, const Tensor& dv,
+              const std::optional<Tensor>& dlam, const Tensor& dalpha,
               const std::optional<Tensor>& dnorm_weight) {
   const Problem problem(q1, k1, q2, k2, v, lam, alpha, attn_mask, key_padding_mask, cu_seqlens_q,
                         cu_seqlens_k, norm_weight, left, right, scale, norm_eps, out_scale,
@@ -278,8 +283,8 @@ void backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, const 
   if (o2) saved.o2.emplace(*o2);
   if (o) saved.o.emplace(*o);
   const Gradients gradients{
-      {Rows(dq1), Rows(dq2)}, {Rows(dk1), Rows(dk2)}, Rows(dv),
-      Coefficient(dlam), Coefficient(dalpha),
+      {Rows(dq1), dq2 ? Rows(*dq2) : Rows()}, {Rows(dk1), dk2 ? Rows(*dk2) : Rows()}, Rows(dv),
+      dlam ? std::optional(Coefficient(*dlam)) : std::nullopt, Coefficient(dalpha),
       dnorm_weight ? static_cast<float*>(dnorm_weight->data_ptr()) : nullptr};
   ask_for_huge_pages({dq1, dk1, dq2, dk2, dv});
   Backward(problem, saved, gradients, chunks).run();
@@ -290,12 +295,12 @@ void backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, const 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
-      "_diff_attention_bwd_cpu(Tensor grad_out, Tensor q1, Tensor k1, Tensor q2, Tensor k2, "
-      "Tensor v, Tensor lam, Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, "
+      "_diff_attention_bwd_cpu(Tensor grad_out, Tensor q1, Tensor k1, Tensor? q2, Tensor? k2, "
+      "Tensor v, Tensor? lam, Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? norm_weight, int left, int right, "
       "float scale, float norm_eps, float out_scale, float dropout_p, int seed, Tensor lse, "
-      "Tensor? o2, Tensor? o, int chunks, Tensor(a!) dq1, Tensor(b!) dk1, Tensor(c!) dq2, "
-      "Tensor(d!) dk2, Tensor(e!) dv, Tensor(f!) dlam, Tensor(g!) dalpha, "
+      "Tensor? o2, Tensor? o, int chunks, Tensor(a!) dq1, Tensor(b!) dk1, Tensor(c!)? dq2, "
+      "Tensor(d!)? dk2, Tensor(e!) dv, Tensor(f!)? dlam, Tensor(g!) dalpha, "
       "Tensor(h!)? dnorm_weight) -> ()");
 }
 

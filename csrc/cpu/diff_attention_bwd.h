@@ -8,14 +8,16 @@ namespace rdfkern {
 
 struct Saved {
   Rows grad_out;
-  std::optional<Rows> o2, o;  // o2 only where a task may see a part of its keys; o for it or a norm
+  // Where a task may see a part of its keys, both, with one map o alone; o also for a norm.
+  std::optional<Rows> o2, o;
   const float* lse;
   int64_t lse_map_stride, lse_batch_stride, lse_head_stride;
 };
 
 struct Gradients {
   Rows q[2], k[2], v;
-  Coefficient lam, alpha;
+  std::optional<Coefficient> lam;
+  Coefficient alpha;
   float* norm_weight;  // (value_dim) or null
 };
 
@@ -25,15 +27,14 @@ struct BackwardTask {
 };
 
 // The rows of a task's keys, of long sequences none: there, few of them are needed at a time.
-inline void foresee_keys(const Problem& problem, const BackwardTask& task, const Rows& k1,
-                         const Rows& k2, const Rows& v, Ahead& ahead) {
+inline void foresee_keys(const Problem& problem, const BackwardTask& task, const Rows (&k)[2],
+                         const Rows& v, Ahead& ahead) {
   const Sequence& sequence = problem.sequences[task.sequence];
   if (sequence.keys > kBlockKeys) return;
   auto add = [&](const Rows& rows, int64_t size) {
     ahead.add(rows, sequence.batch, task.kv_head, sequence.first_key, sequence.keys, size);
   };
-  add(k1, problem.head_dim);
-  add(k2, problem.head_dim);
+  for (int map = 0; map < problem.maps; ++map) add(k[map], problem.head_dim);
   add(v, problem.value_dim);
 }
 
@@ -48,18 +49,18 @@ inline void foresee_queries(const Problem& problem, const BackwardTask& task, co
 
 inline void foresee_rows(const Problem& problem, const Saved& saved, const BackwardTask& task,
                          Ahead& ahead) {
-  foresee_keys(problem, task, problem.k[0], problem.k[1], problem.v, ahead);
+  foresee_keys(problem, task, problem.k, problem.v, ahead);
   if (problem.has_norm()) foresee_queries(problem, task, *saved.o, problem.value_dim, ahead);
   foresee_queries(problem, task, saved.grad_out, problem.value_dim, ahead);
-  for (const Rows& rows : problem.q)
-    foresee_queries(problem, task, rows, problem.head_dim, ahead);
+  for (int map = 0; map < problem.maps; ++map)
+    foresee_queries(problem, task, problem.q[map], problem.head_dim, ahead);
 }
 
 inline void foresee_sums(const Problem& problem, const Gradients& gradients,
                          const BackwardTask& task, Ahead& ahead) {
-  foresee_keys(problem, task, gradients.k[0], gradients.k[1], gradients.v, ahead);
-  for (const Rows& rows : gradients.q)
-    foresee_queries(problem, task, rows, problem.head_dim, ahead);
+  foresee_keys(problem, task, gradients.k, gradients.v, ahead);
+  for (int map = 0; map < problem.maps; ++map)
+    foresee_queries(problem, task, gradients.q[map], problem.head_dim, ahead);
 }
 
 }  // namespace rdfkern

@@ -48,7 +48,7 @@ class PanelRows {
       alpha[i] = panel.alpha(i);
       lam[i] = panel.lam(i);
       if (whole) continue;
-      read(*saved_.o2, o2_);
+      if (problem_.maps == 2) read(*saved_.o2, o2_);
       read_saved(panel, i);
     }
     for (int64_t i = panel.count; i < panel.columns(); ++i) {
@@ -60,7 +60,7 @@ class PanelRows {
     fill_zeros(dalpha, kPanel);
     transpose_rows({grad_natural, value_width}, panel.count, value_width, 1.0f, grad_t,
                    kPanelStride);
-    for (int map = 0; map < 2; ++map)
+    for (int map = 0; map < problem_.maps; ++map)
       queries[map] = panel.read_queries(read_rows, map, queries_natural_[map], queries_t[map]);
   }
 
@@ -77,11 +77,11 @@ class PanelRows {
     Vec first = {}, second = {};
     for (int64_t d = 0; d < problem_.value_width; d += kLanes) {
       first += load(grad + d) * load(o_ + d);
-      second += load(grad + d) * load(o2_ + d);
+      if (problem_.maps == 2) second += load(grad + d) * load(o2_ + d);
     }
     delta[1][i] = sum(second);
     delta[0][i] = sum(first) + lam[i] * delta[1][i];
-    for (int map = 0; map < 2; ++map) {
+    for (int map = 0; map < problem_.maps; ++map) {
       const float natural =
           saved_.lse[map * saved_.lse_map_stride + panel.sequence.batch * saved_.lse_batch_stride +
                      panel.head * saved_.lse_head_stride + panel.row(i)];

@@ -17,7 +17,7 @@ struct Tiles {
   }
 };
 
-template <bool DROPOUT>
+template <int MAPS, bool DROPOUT>
 inline void differentiate(const Panel& panel, PanelRows& rows, int64_t keys, const Tiles& tiles) {
   const float factor = panel.factor();
   for (int64_t i = 0; i < panel.columns(); i += kLanes) {
@@ -30,21 +30,20 @@ inline void differentiate(const Panel& panel, PanelRows& rows, int64_t keys, con
     Vec dalpha = {};
     for (int64_t j = 0; j < keys; ++j) {
       const int64_t at = j * kPanelStride + i;
-      const Vec p1 = exp2(load(tiles.kept[0] + at) * factor - lse1);
-      const Vec p2 = exp2(load(tiles.kept[1] + at) * factor - lse2);
       const Vec grad = load(tiles.kept[2] + at);
-      Vec grad1 = grad, grad2 = grad, kept1 = p1, kept2 = p2;
-      if constexpr (DROPOUT) {
-        const Vec factor1 = load(tiles.factors[0] + at), factor2 = load(tiles.factors[1] + at);
-        grad1 *= factor1;
-        grad2 *= factor2;
-        kept1 *= factor1;
-        kept2 *= factor2;
-      }
+      const Vec p1 = exp2(load(tiles.kept[0] + at) * factor - lse1);
+      const Vec factor1 = DROPOUT ? load(tiles.factors[0] + at) : Vec{} + 1.0f;
+      const Vec grad1 = grad * factor1;
+      Vec applied = alpha * (p1 * factor1);
       dalpha += p1 * grad1;
       store(tiles.kept[0] + at, p1 * (scaled_alpha * grad1 - delta1));
-      store(tiles.kept[1] + at, p2 * (delta2 - scaled_lam * grad2));
-      store(tiles.kept[2] + at, alpha * kept1 - lam * kept2);
+      if constexpr (MAPS == 2) {
+        const Vec p2 = exp2(load(tiles.kept[1] + at) * factor - lse2);
+        const Vec factor2 = DROPOUT ? load(tiles.factors[1] + at) : Vec{} + 1.0f;
+        applied -= lam * (p2 * factor2);
+        store(tiles.kept[1] + at, p2 * (delta2 - scaled_lam * (grad * factor2)));
+      }
+      store(tiles.kept[2] + at, applied);
     }
     store(rows.dalpha + i, load(rows.dalpha + i) + dalpha * unrounded1);
   }
@@ -57,7 +56,7 @@ class WholePanel {
   // tiles: the same with weights before normalisation in the place of scores
   void add(int64_t block, const Panel& panel, int64_t keys, const Tiles& tiles, bool dropout) {
     for (int64_t i = 0; i < panel.columns(); i += kLanes)
-      for (int map = 0; map < 2; ++map) {
+      for (int map = 0; map < panel.problem.maps; ++map) {
         float* const column = tiles.kept[map] + i;
         const Vec inverse = softmax_[map].add(block, column, keys, i, panel.factor());
         const Vec delta = sum_over(keys, [&](int64_t j) {
@@ -71,7 +70,7 @@ class WholePanel {
 
   void merge(const Panel& panel, PanelRows& rows, int64_t blocks) {
     for (int64_t i = 0; i < panel.columns(); i += kLanes)
-      for (int map = 0; map < 2; ++map) {
+      for (int map = 0; map < panel.problem.maps; ++map) {
         softmax_[map].merge(blocks, i);
         Vec delta = {};
         for (int64_t b = 0; b < blocks; ++b)
@@ -81,30 +80,30 @@ class WholePanel {
       }
   }
 
-  template <bool DROPOUT>
+  template <int MAPS, bool DROPOUT>
   void differentiate(int64_t block, const Panel& panel, const PanelRows& rows, int64_t keys,
                      const Tiles& tiles) const {
     float* const(&kept)[3] = tiles.kept;
     for (int64_t i = 0; i < panel.columns(); i += kLanes) {
-      const Vec share1 = softmax_[0].share(block, i), share2 = softmax_[1].share(block, i);
+      const Vec share1 = softmax_[0].share(block, i);
+      const Vec share2 = MAPS == 2 ? softmax_[1].share(block, i) : Vec{};
       const Vec delta1 = load(rows.delta[0] + i), delta2 = load(rows.delta[1] + i);
       const Vec alpha = load(rows.alpha + i), lam = load(rows.lam + i);
       const Vec scaled_alpha = alpha * panel.problem.scale, scaled_lam = lam * panel.problem.scale;
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * kPanelStride + i;
-        const Vec p1 = load(kept[0] + at) * share1, p2 = load(kept[1] + at) * share2;
         const Vec grad = load(kept[2] + at);
-        Vec grad1 = grad, grad2 = grad, kept1 = p1, kept2 = p2;
-        if constexpr (DROPOUT) {
-          const Vec factor1 = load(tiles.factors[0] + at), factor2 = load(tiles.factors[1] + at);
-          grad1 *= factor1;
-          grad2 *= factor2;
-          kept1 *= factor1;
-          kept2 *= factor2;
+        const Vec p1 = load(kept[0] + at) * share1;
+        const Vec factor1 = DROPOUT ? load(tiles.factors[0] + at) : Vec{} + 1.0f;
+        Vec applied = alpha * (p1 * factor1);
+        store(kept[0] + at, scaled_alpha * (p1 * (grad * factor1 - delta1)));
+        if constexpr (MAPS == 2) {
+          const Vec p2 = load(kept[1] + at) * share2;
+          const Vec factor2 = DROPOUT ? load(tiles.factors[1] + at) : Vec{} + 1.0f;
+          applied -= lam * (p2 * factor2);
+          store(kept[1] + at, scaled_lam * (p2 * (delta2 - grad * factor2)));
         }
-        store(kept[0] + at, scaled_alpha * (p1 * (grad1 - delta1)));
-        store(kept[1] + at, scaled_lam * (p2 * (delta2 - grad2)));
-        store(kept[2] + at, alpha * kept1 - lam * kept2);
+        store(kept[2] + at, applied);
       }
     }
   }

@@ -1,4 +1,5 @@
-// out = norm(alpha softmax(q1 k1ᵀ) v - lam softmax(q2 k2ᵀ) v): tasks, and who computes them.
+// out = norm(alpha softmax(q1 k1ᵀ) v - lam softmax(q2 k2ᵀ) v), or of the first map alone: tasks, and
+// who computes them.
 #include <torch/csrc/stable/library.h>
 
 #include "diff_attention_fwd.h"
@@ -33,12 +34,11 @@ void foresee(const Problem& problem, const ForwardTask& task, Ahead& ahead) {
     ahead.add(rows, sequence.batch, problem.kv_head(task.head),
               sequence.first_key + task.keys_begin, task.keys_end - task.keys_begin, size);
   };
-  add_keys(problem.k[0], problem.head_dim);
-  add_keys(problem.k[1], problem.head_dim);
+  for (int map = 0; map < problem.maps; ++map) add_keys(problem.k[map], problem.head_dim);
   add_keys(problem.v, problem.value_dim);
-  for (const Rows& rows : problem.q)
-    ahead.add(rows, sequence.batch, task.head, sequence.first_query + task.first, task.count,
-              problem.head_dim);
+  for (int map = 0; map < problem.maps; ++map)
+    ahead.add(problem.q[map], sequence.batch, task.head, sequence.first_query + task.first,
+              task.count, problem.head_dim);
 }
 
 void run(const Problem& problem, const Outputs& outputs) {
@@ -58,8 +58,9 @@ void run(const Problem& problem, const Outputs& outputs) {
   });
 }
 
-void forward(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor& k2,
-             const Tensor& v, const Tensor& lam, const Tensor& alpha,
+void forward(const Tensor& q1, const Tensor& k1, const std::optional<Tensor>& q2,
+             const std::optional<Tensor>& k2, const Tensor& v, const std::optional<Tensor>& lam,
+             const Tensor& alpha,
              const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
              const std::optional<Tensor>& norm_weight, int64_t left, int64_t right, double scale,
@@ -81,8 +82,8 @@ void forward(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
-      "_diff_attention_fwd_cpu(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, "
-      "Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? cu_seqlens_q, "
+      "_diff_attention_fwd_cpu(Tensor q1, Tensor k1, Tensor? q2, Tensor? k2, Tensor v, "
+      "Tensor? lam, Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? norm_weight, int left, int right, float scale, "
       "float norm_eps, float out_scale, float dropout_p, int seed, Tensor(a!) out, "
       "Tensor(b!) lse, Tensor(c!)? o2, Tensor(d!)? o) -> ()");

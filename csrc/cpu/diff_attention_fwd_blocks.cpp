@@ -77,8 +77,8 @@ void finish(const Outputs& outputs, const PanelState& state, float* row) {
   const Panel& panel = *state.panel;
   const Problem& problem = panel.problem;
   for (int64_t i = 0; i < panel.count; ++i) {
-    float inverse[2];
-    for (int map = 0; map < 2; ++map) {
+    float inverse[2] = {};
+    for (int map = 0; map < problem.maps; ++map) {
       const Softmax& softmax = state.softmax[map];
       inverse[map] = softmax.maxima[i] == -kInfinity ? 0.0f : 1.0f / softmax.sums[i];
       outputs.write_lse(panel, map, i, softmax.bases[i], softmax.sums[i]);
@@ -132,23 +132,24 @@ void attend_blocks(const Problem& problem, const Outputs& outputs, const Forward
       return read_rows(rows, sequence.batch, kv_head, sequence.first_key + first, count, size,
                        target);
     };
-    const Block keys[2] = {read(problem.k[0], problem.head_dim, key_rows[0]),
-                           read(problem.k[1], problem.head_dim, key_rows[1])};
+    Block keys[2];
+    for (int map = 0; map < problem.maps; ++map)
+      keys[map] = read(problem.k[map], problem.head_dim, key_rows[map]);
     const Block values = read(problem.v, problem.value_dim, value_rows);
     for (int64_t p = 0; p < task.panels(); ++p) {
       const Panel& panel = *states[p].panel;
       const int64_t from = std::max(first, panel.keys_begin());
       const int64_t seen = std::min(first + count, panel.keys_end()) - from;
       if (seen <= 0) continue;
-      if (problem.dropout.probability > 0)
+      if (problem.has_dropout())
         problem.dropout.fill(panel.sequence_index * problem.heads + panel.head, panel.first,
                              panel.columns(), from, seen, dropped, kPanelStride);
-      for (int map = 0; map < 2; ++map) {
+      for (int map = 0; map < problem.maps; ++map) {
         panel.scores(states[p].queries[map], keys[map].from(from - first), from, seen, scores,
                      ahead);
         Softmax& softmax = states[p].softmax[map];
         softmax.update(scores, seen, panel.columns(), panel.factor());
-        if (problem.dropout.probability > 0) multiply(scores, dropped[map], seen, panel);
+        if (problem.has_dropout()) multiply(scores, dropped[map], seen, panel);
         const Block block = values.from(from - first);
         gemm<Order::kColumns, Update::kRescale>(
             panel.count, value_width, seen, scores, kPanelStride, block.data, block.stride,

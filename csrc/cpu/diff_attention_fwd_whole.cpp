@@ -12,14 +12,14 @@ struct Maps {
   WholeSoftmax softmax[2];
 
   void merge(const Outputs& outputs, const Panel& panel, int64_t blocks) {
-    for (int map = 0; map < 2; ++map) {
+    for (int map = 0; map < panel.problem.maps; ++map) {
       for (int64_t i = 0; i < panel.columns(); i += kLanes) softmax[map].merge(blocks, i);
       for (int64_t i = 0; i < panel.count; ++i)
         outputs.write_lse(panel, map, i, softmax[map].base[i], softmax[map].total[i]);
     }
   }
 
-  template <bool DROPOUT>
+  template <int MAPS, bool DROPOUT>
   void subtract(const Panel& panel, int64_t block, int64_t first, int64_t keys) const {
     float alpha[kPanel] = {}, lam[kPanel] = {};
     for (int64_t i = 0; i < panel.count; ++i) {
@@ -30,16 +30,18 @@ struct Maps {
     float* const tile2 = tiles[1] + first * kPanelStride;
     for (int64_t i = 0; i < panel.columns(); i += kLanes) {
       const Vec factor1 = softmax[0].share(block, i) * load(alpha + i);
-      const Vec share2 = softmax[1].share(block, i), factor2 = load(lam + i);
+      const Vec share2 = MAPS == 2 ? softmax[1].share(block, i) : Vec{}, factor2 = load(lam + i);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * kPanelStride + i;
-        Vec first = load(tile1 + at) * factor1, second = load(tile2 + at) * share2;
-        if constexpr (DROPOUT) {
-          first *= load(factors[0] + at);
-          second *= load(factors[1] + at);
+        Vec first = load(tile1 + at) * factor1;
+        if constexpr (DROPOUT) first *= load(factors[0] + at);
+        if constexpr (MAPS == 2) {
+          Vec second = load(tile2 + at) * share2;
+          if constexpr (DROPOUT) second *= load(factors[1] + at);
+          first -= second * factor2;
+          store(tile2 + at, second);
         }
-        store(tile1 + at, first - second * factor2);
-        store(tile2 + at, second);
+        store(tile1 + at, first);
       }
     }
   }
@@ -69,7 +71,7 @@ void attend_whole(const Problem& problem, const Outputs& outputs, const ForwardT
 
   const int64_t kv_head = problem.kv_head(task.head), first_key = sequence.first_key + begin;
   Block blocks[2];
-  for (int map = 0; map < 2; ++map)
+  for (int map = 0; map < problem.maps; ++map)
     blocks[map] = view_rows(problem.k[map], sequence.batch, kv_head, first_key, keys,
                             problem.head_dim, key_rows[map]);
   const Block values = read_rows(problem.v, sequence.batch, kv_head, first_key, keys,
@@ -78,9 +80,10 @@ void attend_whole(const Problem& problem, const Outputs& outputs, const ForwardT
     const Panel panel = task.panel(problem, p);
     const int64_t from = panel.keys_begin();
     const int64_t seen = std::max<int64_t>(0, panel.keys_end() - from);
-    for (int map = 0; map < 2; ++map) panel.read_queries(view_rows, map, natural, queries[map]);
+    for (int map = 0; map < problem.maps; ++map)
+      panel.read_queries(view_rows, map, natural, queries[map]);
     for_each_block(seen, [&](int64_t block, int64_t first, int64_t count) {
-      for (int map = 0; map < 2; ++map) {
+      for (int map = 0; map < problem.maps; ++map) {
         float* const tile = maps.tiles[map] + first * kPanelStride;
         panel.scores(queries[map], blocks[map].from(from - begin + first), from + first, count,
                      tile, ahead);
@@ -97,13 +100,12 @@ void attend_whole(const Problem& problem, const Outputs& outputs, const ForwardT
                  outputs.out.row_stride};
     for (int map = 0; map < 2 && seen == 0; ++map) sums[map].clear(0, panel.count, value_width);
     for_each_block(seen, [&](int64_t block, int64_t first, int64_t count) {
-      if (problem.dropout.probability > 0) {
+      if (problem.has_dropout())
         problem.dropout.fill(panel.sequence_index * problem.heads + panel.head, panel.first,
                              panel.columns(), from + first, count, maps.factors, kPanelStride);
-        maps.subtract<true>(panel, block, first, count);
-      } else {
-        maps.subtract<false>(panel, block, first, count);
-      }
+      with_options(problem, [&](auto number, auto dropout) {
+        maps.subtract<number(), dropout()>(panel, block, first, count);
+      });
       const Block rows = values.from(from - begin + first);
       for (int map = 0; map < (outputs.o2 ? 2 : 1); ++map)
         (block == 0 ? gemm_anew<Order::kColumns> : gemm_add<Order::kColumns>)(

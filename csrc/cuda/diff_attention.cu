@@ -13,8 +13,9 @@ Coefficient coefficient_of(const Tensor& tensor) {
           tensor.stride(2)};
 }
 
-Problem problem_of(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor& k2,
-                   const Tensor& v, const Tensor& lam, const Tensor& alpha,
+Problem problem_of(const Tensor& q1, const Tensor& k1, const std::optional<Tensor>& q2,
+                   const std::optional<Tensor>& k2, const Tensor& v,
+                   const std::optional<Tensor>& lam, const Tensor& alpha,
                    const std::optional<Tensor>& attn_mask,
                    const std::optional<Tensor>& key_padding_mask,
                    const std::optional<Tensor>& cu_seqlens_q,
@@ -23,8 +24,12 @@ Problem problem_of(const Tensor& q1, const Tensor& k1, const Tensor& q2, const T
                    double scale, double norm_eps, double out_scale, double dropout_p,
                    int64_t seed) {
   STD_TORCH_CHECK(q1.size(3) <= kMaxWidth && v.size(3) <= kMaxWidth, "head dims go up to 256");
-  Problem problem{{rows_of(q1), rows_of(q2)}, {rows_of(k1), rows_of(k2)}, rows_of(v),
-                  coefficient_of(lam), coefficient_of(alpha)};
+  Problem problem{q2 ? 2 : 1,
+                  {rows_of(q1), rows_of(q2)},
+                  {rows_of(k1), rows_of(k2)},
+                  rows_of(v),
+                  lam ? coefficient_of(*lam) : Coefficient{},
+                  coefficient_of(alpha)};
   if (attn_mask)
     problem.mask = {static_cast<char*>(attn_mask->data_ptr()), kind_of(*attn_mask),
                     attn_mask->stride(0), attn_mask->stride(1), attn_mask->stride(2),
@@ -60,19 +65,23 @@ int64_t sequences_of(const Problem& problem, const std::optional<Tensor>& cu_seq
 template <int ROWS, int WIDTH>
 void launch_forward(const Launcher& launcher, const Problem& problem, const Outputs& outputs,
                     int64_t sequences, int64_t longest) {
-  const int64_t tiles = tiles_of(longest, ROWS);
-  launcher.run<ForwardMemory<ROWS, WIDTH>>(forward_kernel<ROWS, WIDTH>,
-                                           tiles * problem.heads * sequences, problem, outputs,
-                                           int(tiles));
+  const int64_t tiles = tiles_of(longest, ROWS), blocks = tiles * problem.heads * sequences;
+  if (problem.maps == 1)
+    launcher.run<ForwardMemory<ROWS, WIDTH, 1>>(forward_kernel<ROWS, WIDTH, 1>, blocks, problem,
+                                                outputs, int(tiles));
+  else
+    launcher.run<ForwardMemory<ROWS, WIDTH, 2>>(forward_kernel<ROWS, WIDTH, 2>, blocks, problem,
+                                                outputs, int(tiles));
 }
 
 template <int ROWS, int WIDTH>
 void launch_query_gradients(const Launcher& launcher, const Problem& problem,
                             const Gradients& gradients, int64_t sequences, int64_t longest) {
   const int64_t tiles = tiles_of(longest, ROWS);
-  launcher.run<QueryMemory<ROWS, WIDTH>>(query_gradients_kernel<ROWS, WIDTH>,
-                                         tiles * problem.heads * sequences, problem, gradients,
-                                         int(tiles));
+  launcher.run<QueryMemory<ROWS, WIDTH>>(
+      problem.maps == 1 ? query_gradients_kernel<ROWS, WIDTH, 1>
+                        : query_gradients_kernel<ROWS, WIDTH, 2>,
+      tiles * problem.heads * sequences, problem, gradients, int(tiles));
 }
 
 template <int ROWS, int HEAD_WIDTH, int VALUE_WIDTH>
@@ -80,14 +89,16 @@ void launch_key_gradients(const Launcher& launcher, const Problem& problem,
                           const Gradients& gradients, int64_t sequences, int64_t longest) {
   constexpr int WIDTH = HEAD_WIDTH > VALUE_WIDTH ? HEAD_WIDTH : VALUE_WIDTH;
   const int64_t tiles = tiles_of(longest, ROWS);
-  launcher.run<KeyMemory<ROWS, WIDTH>>(key_gradients_kernel<ROWS, HEAD_WIDTH, VALUE_WIDTH>,
-                                       tiles * problem.kv_heads * sequences, problem, gradients,
-                                       int(tiles));
+  launcher.run<KeyMemory<ROWS, WIDTH>>(
+      problem.maps == 1 ? key_gradients_kernel<ROWS, HEAD_WIDTH, VALUE_WIDTH, 1>
+                        : key_gradients_kernel<ROWS, HEAD_WIDTH, VALUE_WIDTH, 2>,
+      tiles * problem.kv_heads * sequences, problem, gradients, int(tiles));
 }
 
 // Sums live in registers, so a wide head leaves room for fewer rows.
-void forward(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor& k2,
-             const Tensor& v, const Tensor& lam, const Tensor& alpha,
+void forward(const Tensor& q1, const Tensor& k1, const std::optional<Tensor>& q2,
+             const std::optional<Tensor>& k2, const Tensor& v, const std::optional<Tensor>& lam,
+             const Tensor& alpha,
              const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_padding_mask,
              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
              const std::optional<Tensor>& norm_weight, int64_t left, int64_t right, double scale,
@@ -97,7 +108,7 @@ void forward(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor&
   const Problem problem = problem_of(q1, k1, q2, k2, v, lam, alpha, attn_mask, key_padding_mask,
                                      cu_seqlens_q, cu_seqlens_k, norm_weight, left, right, scale,
                                      norm_eps, out_scale, dropout_p, seed);
-  const Outputs outputs{rows_of(out), o2 ? rows_of(*o2) : Rows{}, o ? rows_of(*o) : Rows{},
+  const Outputs outputs{rows_of(out), rows_of(o2), rows_of(o),
                         static_cast<float*>(lse.data_ptr())};
   const Launcher launcher(q1);
   const auto launch = problem.value_dim <= 64    ? launch_forward<64, 64>
@@ -107,17 +118,20 @@ void forward(const Tensor& q1, const Tensor& k1, const Tensor& q2, const Tensor&
 }
 
 // Returns the partial sums of dnorm_weight, (parts, value_dim); (0) without a norm_weight.
-Tensor backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, const Tensor& q2,
-                const Tensor& k2, const Tensor& v, const Tensor& lam, const Tensor& alpha,
+Tensor backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1,
+                const std::optional<Tensor>& q2, const std::optional<Tensor>& k2, const Tensor& v,
+                const std::optional<Tensor>& lam, const Tensor& alpha,
                 const std::optional<Tensor>& attn_mask,
                 const std::optional<Tensor>& key_padding_mask,
                 const std::optional<Tensor>& cu_seqlens_q,
                 const std::optional<Tensor>& cu_seqlens_k,
                 const std::optional<Tensor>& norm_weight, int64_t left, int64_t right,
                 double scale, double norm_eps, double out_scale, double dropout_p, int64_t seed,
-                int64_t longest_queries, int64_t longest_keys, const Tensor& lse, const Tensor& o2,
-                const Tensor& o, const Tensor& dq1, const Tensor& dk1, const Tensor& dq2,
-                const Tensor& dk2, const Tensor& dv, const Tensor& dlam, const Tensor& dalpha) {
+                int64_t longest_queries, int64_t longest_keys, const Tensor& lse,
+                const std::optional<Tensor>& o2, const Tensor& o, const Tensor& dq1,
+                const Tensor& dk1, const std::optional<Tensor>& dq2,
+                const std::optional<Tensor>& dk2, const Tensor& dv,
+                const std::optional<Tensor>& dlam, const Tensor& dalpha) {
   const Problem problem = problem_of(q1, k1, q2, k2, v, lam, alpha, attn_mask, key_padding_mask,
                                      cu_seqlens_q, cu_seqlens_k, norm_weight, left, right, scale,
                                      norm_eps, out_scale, dropout_p, seed);
@@ -137,7 +151,7 @@ Tensor backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, cons
                             {rows_of(dk1), rows_of(dk2)},
                             rows_of(dv),
                             rows_of(grad_o ? *grad_o : grad_out),
-                            static_cast<float*>(dlam.data_ptr()),
+                            data_of<float>(dlam),
                             static_cast<float*>(dalpha.data_ptr()),
                             norm_weight ? static_cast<float*>(partials.data_ptr()) : nullptr,
                             static_cast<float*>(terms.data_ptr())};
@@ -164,18 +178,18 @@ Tensor backward(const Tensor& grad_out, const Tensor& q1, const Tensor& k1, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
-      "_diff_attention_fwd_cuda(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, "
-      "Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? cu_seqlens_q, "
+      "_diff_attention_fwd_cuda(Tensor q1, Tensor k1, Tensor? q2, Tensor? k2, Tensor v, "
+      "Tensor? lam, Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? norm_weight, int left, int right, float scale, "
       "float norm_eps, float out_scale, float dropout_p, int seed, int longest_queries, "
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? o2, Tensor(d!)? o) -> ()");
   m.def(
-      "_diff_attention_bwd_cuda(Tensor grad_out, Tensor q1, Tensor k1, Tensor q2, Tensor k2, "
-      "Tensor v, Tensor lam, Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, "
+      "_diff_attention_bwd_cuda(Tensor grad_out, Tensor q1, Tensor k1, Tensor? q2, Tensor? k2, "
+      "Tensor v, Tensor? lam, Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? norm_weight, int left, int right, "
       "float scale, float norm_eps, float out_scale, float dropout_p, int seed, "
-      "int longest_queries, int longest_keys, Tensor lse, Tensor o2, Tensor o, Tensor(a!) dq1, "
-      "Tensor(b!) dk1, Tensor(c!) dq2, Tensor(d!) dk2, Tensor(e!) dv, Tensor(f!) dlam, "
+      "int longest_queries, int longest_keys, Tensor lse, Tensor? o2, Tensor o, Tensor(a!) dq1, "
+      "Tensor(b!) dk1, Tensor(c!)? dq2, Tensor(d!)? dk2, Tensor(e!) dv, Tensor(f!)? dlam, "
       "Tensor(g!) dalpha) -> Tensor");
 }
 

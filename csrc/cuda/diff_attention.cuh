@@ -36,7 +36,9 @@ struct Sequence {
   int queries, keys;
 };
 
+// With one map, out = norm(alpha softmax(q1 k1ᵀ) v), and of what has two entries the second is idle.
 struct Problem {
+  int maps = 2;
   Rows q[2], k[2], v;
   Coefficient lam, alpha;
   Mask mask;

@@ -1,6 +1,6 @@
 // Gradients of differential attention without atomics: after the kernel of the rows, one block of
 // queries runs along the keys for dq, dlam and dalpha, and then one block of keys runs along the
-// queries for dk and dv.
+// queries for dk and dv. With MAPS of 1 the second map is left out.
 #pragma once
 
 #include "diff_attention_terms.cuh"
@@ -21,25 +21,25 @@ constexpr int kExactKeys = 128;
 
 // While the tiles pass by, the terms of a row hold its maximum, and the sums of its unnormalised
 // weights and of those times dP.
-template <int ROWS, int WIDTH>
+template <int MAPS, int ROWS, int WIDTH>
 __device__ inline void begin_exact_terms(QueryMemory<ROWS, WIDTH>& memory) {
 #pragma unroll 1
-  for (int at = threadIdx.x; at < 2 * ROWS; at += kThreads) {
+  for (int at = threadIdx.x; at < MAPS * ROWS; at += kThreads) {
     memory.terms.values[kBase][at / ROWS][at % ROWS] = -kInfinity;
     memory.terms.values[kWeight][at / ROWS][at % ROWS] = 0.0f;
     memory.terms.values[kDelta][at / ROWS][at % ROWS] = 0.0f;
   }
 }
 
-template <int ROWS, int WIDTH>
+template <int MAPS, int ROWS, int WIDTH>
 __device__ inline void add_to_exact_terms(const Problem& problem, const Place& place, int first_key,
                                           QueryMemory<ROWS, WIDTH>& memory) {
   const int x = thread_x();
 #pragma unroll 1
   for (int row = thread_y(); row < ROWS; row += kSide) {
-    float top[2], total[2] = {}, delta[2] = {};
+    float top[MAPS], total[MAPS] = {}, delta[MAPS] = {};
 #pragma unroll
-    for (int map = 0; map < 2; ++map) {
+    for (int map = 0; map < MAPS; ++map) {
       const float* scores = memory.tiles[map][row];
       top[map] = fmaxf(memory.terms.values[kBase][map][row],
                        maximum_of_row(fmaxf(scores[x], scores[x + kSide])));
@@ -50,7 +50,7 @@ __device__ inline void add_to_exact_terms(const Problem& problem, const Place& p
       dropout_factors(problem, place.sequence, place.head, place.first + row, first_key + column,
                       kept);
 #pragma unroll
-      for (int map = 0; map < 2; ++map) {
+      for (int map = 0; map < MAPS; ++map) {
         const float base = top[map] == -kInfinity ? 0.0f : top[map];
         const float p = exp2f((memory.tiles[map][row][column] - base) * problem.factor());
         total[map] += p;
@@ -58,7 +58,7 @@ __device__ inline void add_to_exact_terms(const Problem& problem, const Place& p
       }
     }
 #pragma unroll
-    for (int map = 0; map < 2; ++map) {
+    for (int map = 0; map < MAPS; ++map) {
       const float base = top[map] == -kInfinity ? 0.0f : top[map];
       const float rescale = exp2f((memory.terms.values[kBase][map][row] - base) * problem.factor());
       const float sum = sum_of_row(total[map]), overlap = sum_of_row(delta[map]);
@@ -73,12 +73,12 @@ __device__ inline void add_to_exact_terms(const Problem& problem, const Place& p
 }
 
 // From sums to the terms, also for the kernel of keys.
-template <int ROWS, int WIDTH>
+template <int MAPS, int ROWS, int WIDTH>
 __device__ inline void end_exact_terms(const Problem& problem, const Gradients& gradients,
                                        const Place& place, QueryMemory<ROWS, WIDTH>& memory) {
   __syncthreads();
 #pragma unroll 1
-  for (int at = threadIdx.x; at < 2 * ROWS; at += kThreads) {
+  for (int at = threadIdx.x; at < MAPS * ROWS; at += kThreads) {
     const int map = at / ROWS, row = at % ROWS, query = place.first + row;
     auto& values = memory.terms.values;
     const bool alive = values[kBase][map][row] != -kInfinity;
@@ -94,7 +94,7 @@ __device__ inline void end_exact_terms(const Problem& problem, const Gradients& 
   __syncthreads();
 }
 
-template <int ROWS, int WIDTH>
+template <int ROWS, int WIDTH, int MAPS>
 __global__ void __launch_bounds__(kThreads, 1)
     query_gradients_kernel(const __grid_constant__ Problem problem,
                            const __grid_constant__ Gradients gradients, const int tiles) {
@@ -110,16 +110,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   memory.terms.load(problem, gradients, sequence, place.head, place.first);
   for (int row = y; row < ROWS; row += kSide) memory.dalpha[row][x] = 0.0f;
-  float dq[2][1][ROWS / kSide][WIDTH / kSide] = {}, ones[1][ROWS / kSide];
+  float dq[MAPS][1][ROWS / kSide][WIDTH / kSide] = {}, ones[1][ROWS / kSide];
   for (float& one : ones[0]) one = 1.0f;
   const int begin = problem.first_seen(sequence, place.first);
   const int end = problem.end_seen(sequence, place.first + count - 1);
   __syncthreads();
   const bool exact = end - begin <= kExactKeys;
-  if (exact) begin_exact_terms(memory);
+  if (exact) begin_exact_terms<MAPS>(memory);
 #pragma unroll 1
   for (int pass = exact ? 0 : 1; pass < 2; ++pass) {
-    if (exact && pass == 1) end_exact_terms(problem, gradients, place, memory);
+    if (exact && pass == 1) end_exact_terms<MAPS>(problem, gradients, place, memory);
 #pragma unroll 1
     for (int key = begin; key < end; key += kColumns) {
       auto keys_of = [&](const Rows& rows, int width) {
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       // A single tile is still there in the second pass.
       const bool compute = pass == 0 || !exact || end - begin > kColumns;
 #pragma unroll 1
-      for (int part = 0; compute && part < 3; ++part) {
+      for (int part = 0; compute && part < 3; part += 3 - MAPS) {
         const int width = part < 2 ? problem.head_dim : problem.value_dim;
         multiply<ROWS, WIDTH>(queries_of(part < 2 ? problem.q[part] : gradients.grad_o, width),
                               keys_of(part < 2 ? problem.k[part] : problem.v, width),
@@ -141,26 +141,26 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
       }
       if (pass == 0) {
-        add_to_exact_terms(problem, place, key, memory);
+        add_to_exact_terms<MAPS>(problem, place, key, memory);
         continue;
       }
       for_own_elements<ROWS>([&](int row, int column) {
-        const Derivative derivative = differentiate(
+        const Derivative derivative = differentiate<MAPS>(
             problem, sequence, place.head, place.first + row, key + column, memory.terms, row,
             memory.tiles[0][row][column], memory.tiles[1][row][column],
             memory.tiles[2][row][column]);
-        for (int map = 0; map < 2; ++map) memory.tiles[map][row][column] = derivative.scores[map];
+        for (int map = 0; map < MAPS; ++map) memory.tiles[map][row][column] = derivative.scores[map];
         memory.dalpha[row][x] += derivative.alpha;
       });
 #pragma unroll
-      for (int map = 0; map < 2; ++map) {
+      for (int map = 0; map < MAPS; ++map) {
         load_whole<WIDTH>(keys_of(problem.k[map], problem.head_dim), memory.stage);
         add_product<ROWS, WIDTH, 1>(&memory.tiles[map], memory.stage, ones, dq[map]);
       }
     }
   }
 #pragma unroll
-  for (int map = 0; map < 2; ++map)
+  for (int map = 0; map < MAPS; ++map)
     write_sums<WIDTH>(dq[map][0], memory.stage, queries_of(gradients.q[map], problem.head_dim));
 #pragma unroll 1
   for (int row = y; row < ROWS; row += kSide) {
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (x > 0 || row >= count) continue;
     const int64_t flat = problem.flat(sequence, place.head, place.first + row);
     gradients.alpha[flat] = dalpha;
-    gradients.lam[flat] = -memory.terms.values[kDelta][1][row];
+    if (MAPS == 2) gradients.lam[flat] = -memory.terms.values[kDelta][1][row];
   }
 }
 
@@ -179,7 +179,7 @@ struct KeyMemory {
   RowTerms<kColumns> terms;
 };
 
-template <int ROWS, int HEAD_WIDTH, int VALUE_WIDTH>
+template <int ROWS, int HEAD_WIDTH, int VALUE_WIDTH, int MAPS>
 __global__ void __launch_bounds__(kThreads, 1)
     key_gradients_kernel(const __grid_constant__ Problem problem,
                          const __grid_constant__ Gradients gradients, const int tiles) {
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto keys_of = [&](const Rows& rows, int width) {
     return Strip{rows, sequence.batch, place.head, sequence.first_key + place.first, count, width};
   };
-  float dk[2][1][ROWS / kSide][HEAD_WIDTH / kSide] = {};
+  float dk[MAPS][1][ROWS / kSide][HEAD_WIDTH / kSide] = {};
   float dv[1][ROWS / kSide][VALUE_WIDTH / kSide] = {}, ones[1][ROWS / kSide];
   for (float& one : ones[0]) one = 1.0f;
   const int64_t aligned = int64_t(place.first) + sequence.queries - sequence.keys;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       memory.terms.load(problem, gradients, sequence, head, query);
 #pragma unroll 1
-      for (int part = 0; part < 3; ++part) {
+      for (int part = 0; part < 3; part += 3 - MAPS) {
         const int width = part < 2 ? problem.head_dim : problem.value_dim;
         multiply<ROWS, WIDTH>(keys_of(part < 2 ? problem.k[part] : problem.v, width),
                               queries_of(part < 2 ? problem.q[part] : gradients.grad_o, width),
@@ -225,23 +225,23 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
       }
       for_own_elements<ROWS>([&](int row, int column) {
-        const Derivative derivative = differentiate(
+        const Derivative derivative = differentiate<MAPS>(
             problem, sequence, head, query + column, place.first + row, memory.terms, column,
             memory.tiles[0][row][column], memory.tiles[1][row][column],
             memory.tiles[2][row][column]);
-        for (int map = 0; map < 2; ++map) memory.tiles[map][row][column] = derivative.scores[map];
+        for (int map = 0; map < MAPS; ++map) memory.tiles[map][row][column] = derivative.scores[map];
         memory.tiles[2][row][column] = derivative.applied;
       });
       load_whole<VALUE_WIDTH>(queries_of(gradients.grad_o, problem.value_dim), memory.stage);
       add_product<ROWS, VALUE_WIDTH, 1>(&memory.tiles[2], memory.stage, ones, dv);
 #pragma unroll
-      for (int map = 0; map < 2; ++map) {
+      for (int map = 0; map < MAPS; ++map) {
         load_whole<HEAD_WIDTH>(queries_of(problem.q[map], problem.head_dim), memory.stage);
         add_product<ROWS, HEAD_WIDTH, 1>(&memory.tiles[map], memory.stage, ones, dk[map]);
       }
     }
 #pragma unroll
-  for (int map = 0; map < 2; ++map)
+  for (int map = 0; map < MAPS; ++map)
     write_sums<HEAD_WIDTH>(dk[map][0], memory.stage, keys_of(gradients.k[map], problem.head_dim));
   write_sums<VALUE_WIDTH>(dv[0], memory.stage, keys_of(gradients.v, problem.value_dim));
 }

@@ -1,4 +1,5 @@
-// out = norm(alpha softmax(q1 k1ᵀ) v - lam softmax(q2 k2ᵀ) v) in one pass over the keys.
+// out = norm(alpha softmax(q1 k1ᵀ) v - lam softmax(q2 k2ᵀ) v) in one pass over the keys, or, with
+// MAPS of 1, of the first map alone.
 #pragma once
 
 #include "diff_attention.cuh"
@@ -10,23 +11,23 @@ struct Outputs {
   float* lse;       // (map, batch, head, row), contiguous
 };
 
-template <int ROWS, int WIDTH>
+template <int ROWS, int WIDTH, int MAPS>
 struct ForwardMemory {
-  Tile<ROWS> weights[2];
+  Tile<ROWS> weights[MAPS];
   Stage<ROWS, WIDTH> stage;
-  float top[2][ROWS], total[2][ROWS];
+  float top[MAPS][ROWS], total[MAPS][ROWS];
 };
 
 // Running maxima and sums of the rows of one thread; a sum covers the thread's own columns only.
-template <int ROWS>
+template <int ROWS, int MAPS>
 struct Softmax {
-  float top[2][ROWS / kSide], total[2][ROWS / kSide], rescale[2][ROWS / kSide];
+  float top[MAPS][ROWS / kSide], total[MAPS][ROWS / kSide], rescale[MAPS][ROWS / kSide];
 
   // scores become exp2(factor * (scores - top)); rescale is what earlier products shrink by.
-  __device__ void update(Tile<ROWS> (&tiles)[2], float factor) {
+  __device__ void update(Tile<ROWS> (&tiles)[MAPS], float factor) {
     const int x = thread_x(), y = thread_y();
 #pragma unroll
-    for (int map = 0; map < 2; ++map)
+    for (int map = 0; map < MAPS; ++map)
 #pragma unroll
       for (int i = 0; i < ROWS / kSide; ++i) {
         float* const scores = tiles[map][y + kSide * i] + x;
@@ -50,11 +51,11 @@ struct Softmax {
 };
 
 // From unnormalised products to out, o2 and o, 16 rows at a time through shared memory.
-template <int ROWS, int WIDTH>
+template <int ROWS, int WIDTH, int MAPS>
 __device__ inline void write_rows(const Problem& problem, const Place& place,
-                                  const Outputs& outputs, const Softmax<ROWS>& softmax,
-                                  float (&products)[2][ROWS / kSide][WIDTH / kSide],
-                                  ForwardMemory<ROWS, WIDTH>& memory) {
+                                  const Outputs& outputs, const Softmax<ROWS, MAPS>& softmax,
+                                  float (&products)[MAPS][ROWS / kSide][WIDTH / kSide],
+                                  ForwardMemory<ROWS, WIDTH, MAPS>& memory) {
   const Sequence& sequence = place.sequence;
   const int x = thread_x(), y = thread_y();
   __syncthreads();
@@ -63,9 +64,9 @@ __device__ inline void write_rows(const Problem& problem, const Place& place,
     const int query = place.first + y + kSide * i;
     const bool exists = query < sequence.queries;
     const int64_t row = sequence.first_query + (exists ? query : 0);
-    float inverse[2];
+    float inverse[MAPS];
 #pragma unroll
-    for (int map = 0; map < 2; ++map) {
+    for (int map = 0; map < MAPS; ++map) {
       const float total = sum_of_row(softmax.total[map][i]), top = softmax.top[map][i];
       inverse[map] = top == -kInfinity ? 0.0f : 1.0f / total;
       if (x == 0) {
@@ -74,17 +75,20 @@ __device__ inline void write_rows(const Problem& problem, const Place& place,
       }
     }
     const float alpha = problem.alpha.at(sequence.batch, place.head, row) * inverse[0];
-    const float lam = problem.lam.at(sequence.batch, place.head, row);
+    const float lam = MAPS == 2 ? problem.lam.at(sequence.batch, place.head, row) : 0.0f;
     float squares = 0.0f;
     float* const first = memory.stage.whole[y];
     float* const second = memory.stage.whole[kSide + y];
 #pragma unroll
     for (int n = 0; n < WIDTH / kSide; ++n) {
-      const float o2 = products[1][i][n] * inverse[1];
-      const float o = products[0][i][n] * alpha - o2 * lam;
+      float o = products[0][i][n] * alpha;
+      if constexpr (MAPS == 2) {
+        const float o2 = products[1][i][n] * inverse[1];
+        o -= o2 * lam;
+        second[x + kSide * n] = o2;
+      }
       squares = fmaf(o, o, squares);
       first[x + kSide * n] = o;
-      second[x + kSide * n] = o2;
     }
     squares = sum_of_row(squares);
     const float factor = problem.out_scale / sqrtf(squares / problem.value_dim + problem.norm_eps);
@@ -104,7 +108,7 @@ __device__ inline void write_rows(const Problem& problem, const Place& place,
   }
   __syncthreads();
 #pragma unroll 1
-  for (int at = threadIdx.x; at < 2 * ROWS; at += kThreads) {
+  for (int at = threadIdx.x; at < MAPS * ROWS; at += kThreads) {
     const int map = at / ROWS, row = at % ROWS, query = place.first + row;
     if (query >= sequence.queries) continue;
     const double top = memory.top[map][row], total = memory.total[map][row];
@@ -113,19 +117,19 @@ __device__ inline void write_rows(const Problem& problem, const Place& place,
   }
 }
 
-template <int ROWS, int WIDTH>
+template <int ROWS, int WIDTH, int MAPS>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ Problem problem,
                    const __grid_constant__ Outputs outputs, const int tiles) {
-  auto& memory = shared_memory<ForwardMemory<ROWS, WIDTH>>();
+  auto& memory = shared_memory<ForwardMemory<ROWS, WIDTH, MAPS>>();
   const Place place(problem, problem.heads, tiles, ROWS);
   const Sequence& sequence = place.sequence;
   if (place.first >= sequence.queries) return;
   const int count = min(ROWS, sequence.queries - place.first);
-  Softmax<ROWS> softmax;
-  float products[2][ROWS / kSide][WIDTH / kSide] = {};
+  Softmax<ROWS, MAPS> softmax;
+  float products[MAPS][ROWS / kSide][WIDTH / kSide] = {};
 #pragma unroll
-  for (int map = 0; map < 2; ++map)
+  for (int map = 0; map < MAPS; ++map)
 #pragma unroll
     for (int i = 0; i < ROWS / kSide; ++i) {
       softmax.top[map][i] = -kInfinity;
@@ -139,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    min(kColumns, end - key), width};
     };
 #pragma unroll 1
-    for (int map = 0; map < 2; ++map) {
+    for (int map = 0; map < MAPS; ++map) {
       const Strip queries{problem.q[map], sequence.batch, place.head,
                           sequence.first_query + place.first, count, problem.head_dim};
       multiply<ROWS, WIDTH>(queries, keys_of(problem.k[map], problem.head_dim), memory.stage,
@@ -155,12 +159,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         float kept[2];
         problem.dropout.factors(uint32_t(sequence.index * problem.heads + place.head),
                                 place.first + row, key + column, kept);
-        for (int map = 0; map < 2; ++map) memory.weights[map][row][column] *= kept[map];
+        for (int map = 0; map < MAPS; ++map) memory.weights[map][row][column] *= kept[map];
       });
     load_whole<WIDTH>(keys_of(problem.v, problem.value_dim), memory.stage);
-    add_product<ROWS, WIDTH, 2>(memory.weights, memory.stage, softmax.rescale, products);
+    add_product<ROWS, WIDTH, MAPS>(memory.weights, memory.stage, softmax.rescale, products);
   }
-  write_rows<ROWS, WIDTH>(problem, place, outputs, softmax, products, memory);
+  write_rows<ROWS, WIDTH, MAPS>(problem, place, outputs, softmax, products, memory);
 }
 
 }  // namespace rdfkern

@@ -43,11 +43,12 @@ struct RowTerms {
       const int64_t flat = problem.flat(sequence, head, exists ? query : 0);
       const int64_t row = sequence.first_query + (exists ? query : 0);
       for (int term = 0; term < kTerms; ++term)
-        for (int map = 0; map < 2; ++map)
+        for (int map = 0; map < problem.maps; ++map)
           values[term][map][at] =
               exists ? term_of(problem, gradients, term, map, flat) : 0.0f;
       alpha[at] = exists ? problem.alpha.at(sequence.batch, head, row) : 0.0f;
-      lam[at] = exists ? problem.lam.at(sequence.batch, head, row) : 0.0f;
+      if (problem.maps == 2)
+        lam[at] = exists ? problem.lam.at(sequence.batch, head, row) : 0.0f;
     }
   }
   __device__ float weight(int map, int at, float score, float factor) const {
@@ -69,22 +70,26 @@ struct Derivative {
 };
 
 // Of one entry, from its scores and dP = dO . v; `at` is the query's place in the terms.
-template <int SIZE>
+template <int MAPS, int SIZE>
 __device__ inline Derivative differentiate(const Problem& problem, const Sequence& sequence,
                                            int64_t head, int query, int key,
                                            const RowTerms<SIZE>& terms, int at, float score1,
                                            float score2, float grad) {
-  const float factor = problem.factor(), alpha = terms.alpha[at], lam = terms.lam[at];
+  const float factor = problem.factor(), alpha = terms.alpha[at];
   const float p1 = terms.weight(0, at, score1, factor);
-  const float p2 = terms.weight(1, at, score2, factor);
   float kept[2];
   dropout_factors(problem, sequence, head, query, key, kept);
-  const float grad1 = grad * kept[0], grad2 = grad * kept[1];
+  const float grad1 = grad * kept[0];
   // Only differences inside the brackets: where dP and D are equal, as with one key, it is 0.
-  return {{problem.scale * alpha * (p1 * (grad1 - terms.values[kDelta][0][at])),
-           problem.scale * lam * (p2 * (terms.values[kDelta][1][at] - grad2))},
-          alpha * (p1 * kept[0]) - lam * (p2 * kept[1]),
-          p1 * grad1};
+  Derivative derivative{{problem.scale * alpha * (p1 * (grad1 - terms.values[kDelta][0][at]))},
+                        alpha * (p1 * kept[0]), p1 * grad1};
+  if constexpr (MAPS == 2) {
+    const float lam = terms.lam[at], p2 = terms.weight(1, at, score2, factor);
+    const float grad2 = grad * kept[1];
+    derivative.scores[1] = problem.scale * lam * (p2 * (terms.values[kDelta][1][at] - grad2));
+    derivative.applied -= lam * (p2 * kept[1]);
+  }
+  return derivative;
 }
 
 constexpr int kWarps = kThreads / 32;
@@ -133,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int d = lane; d < value_dim; d += 32) {
       float grad = at(saved.grad_out, d);
-      const float o = at(saved.o, d), o2 = at(saved.o2, d);
+      const float o = at(saved.o, d), o2 = problem.maps == 2 ? at(saved.o2, d) : 0.0f;
       if (problem.has_norm()) {
         grad *= problem.out_scale;
         memory.norm_partials[warp][d] += grad * (o * inverse);
@@ -146,9 +151,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       overlaps[1] = fmaf(grad, o2, overlaps[1]);
     }
     for (float& overlap : overlaps) overlap = sum_of_warp(overlap);
-    if (lane >= 2) continue;
+    if (lane >= problem.maps) continue;
     const int map = lane;
-    const float alpha = problem.alpha.at(batch, head, row), lam = problem.lam.at(batch, head, row);
+    const float alpha = problem.alpha.at(batch, head, row);
+    const float lam = problem.maps == 2 ? problem.lam.at(batch, head, row) : 0.0f;
     // O = alpha O1 - lam O2. Below that alpha, dS1 is as good as 0 and needs no D1.
     const float delta1 =
         fabsf(alpha) < 1e-30f ? 0.0f : (overlaps[0] + lam * overlaps[1]) / alpha;

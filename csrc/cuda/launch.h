@@ -34,6 +34,9 @@ inline Rows rows_of(const Tensor& tensor) {
   return {static_cast<char*>(tensor.data_ptr()), kind_of(tensor), tensor.stride(0),
           tensor.stride(1), tensor.stride(2)};
 }
+inline Rows rows_of(const std::optional<Tensor>& tensor) {
+  return tensor ? rows_of(*tensor) : Rows{};
+}
 
 template <class T>
 T* data_of(const std::optional<Tensor>& tensor) {

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import rdfkern
 from rdfkern import csrc
@@ -151,6 +152,41 @@ def tracing() -> None:
     """For tests that trace: the device that ttsem makes has no tensors for that."""
     if "ttsem" in sys.modules:
         pytest.skip("ttsem's device cannot be traced")
+
+
+@pytest.fixture
+def temporal_dropout():
+    """f(impl, device): outputs and gradients of the temporal form with dropout against a map of
+    which the same entries are dropped. V = 1 shows the map itself."""
+    length, p = 37, 0.3
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 2, length, d, generator=generator) for d in (8, 8, 5))
+    upstream = torch.randn(1, 2, length, 5, generator=generator)
+
+    def check(impl, device="cpu"):
+        def attend(v, lam, q=q, k=k):
+            torch.manual_seed(4)
+            inputs = [x.to(device) for x in (q, k, v, lam)]
+            out = rdfkern.temporal_diff_attention(*inputs, dropout_p=p, impl=impl)
+            return out.cpu()
+
+        with torch.no_grad():
+            shown = attend(torch.eye(length).expand(1, 2, length, length), torch.zeros(2, 1))
+        kept = shown != 0
+        assert 0.6 < kept.double().mean() < 0.8
+        for lam in (torch.tensor([[0.4], [0.7]]), torch.rand(2, length)):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v, lam)]
+            out = attend(leaves[2], leaves[3], *leaves[:2])
+            wide = [x.detach().double().requires_grad_() for x in leaves]
+            weights = torch.softmax(wide[0] @ wide[1].mT / 8**0.5, dim=-1) * kept / (1 - p)
+            difference = weights - wide[3][..., None] * weights.roll(1, dims=-1)
+            truth = difference @ wide[2]
+            got = (out, *torch.autograd.grad(out, leaves, upstream))
+            want = (truth, *torch.autograd.grad(truth, wide, upstream.double()))
+            for value, expected in zip(got, want, strict=True):
+                torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
+
+    return check
 
 
 @pytest.fixture

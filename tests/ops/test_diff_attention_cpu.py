@@ -445,7 +445,7 @@ class TestDropout:
 
 
 class TestRegisteredOperators:
-    def arguments(self, packed=False):
+    def arguments(self, packed=False, maps=2):
         if packed:
             inputs, layout = packed_inputs(torch.float32)
             tensors, rows = inputs[:5], inputs[5:]
@@ -455,14 +455,17 @@ class TestRegisteredOperators:
             *tensors, lam, alpha = inputs_of((2, 4, 2, 17, 20, 24, 40), torch.float32)
             tensors[0] = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
             rows, lengths, longest = [lam, alpha], (None, None), (None, None)
+        if maps == 1:
+            tensors[2] = tensors[3] = rows[0] = None
         weight = torch.ones(40)
         options = (None, None, weight, *lengths, None, *longest, -1, 0, 0.0, 0.2, 1e-5, 0.7, "cpu")
         return (*tensors, *rows, *options)
 
     @pytest.mark.parametrize("keeps_o2", [False, True])
     @pytest.mark.parametrize("packed", [False, True])
-    def test_opcheck(self, packed, keeps_o2):
-        arguments, keeps = self.arguments(packed), {"keeps_o2": keeps_o2}
+    @pytest.mark.parametrize("maps", [1, 2])
+    def test_opcheck(self, maps, packed, keeps_o2):
+        arguments, keeps = self.arguments(packed, maps), {"keeps_o2": keeps_o2}
         torch.library.opcheck(torch.ops.rdfkern.diff_attn_fwd.default, arguments, keeps)
         saved = torch.ops.rdfkern.diff_attn_fwd(*arguments, **keeps)
         grad = torch.ones_like(saved[0])
@@ -515,8 +518,9 @@ class TestRegisteredOperators:
             grad.sum().backward()
 
     @pytest.mark.parametrize("keeps_o2", [False, True])
-    def test_saved_rows_have_the_shapes_of_the_fake(self, keeps_o2):
-        arguments = self.arguments()
+    @pytest.mark.parametrize("maps", [1, 2])
+    def test_saved_rows_have_the_shapes_of_the_fake(self, maps, keeps_o2):
+        arguments = self.arguments(maps=maps)
         real = torch.ops.rdfkern.diff_attn_fwd(*arguments, keeps_o2=keeps_o2)
         fake = op._fake_forward(*arguments, keeps_o2=keeps_o2)
         assert [(x.shape, x.dtype, x.stride()) for x in real] == [

@@ -301,16 +301,20 @@ def test_any_shape_and_mask(shape, dtype, causal, window, mask, norm):
     check(inputs_of((batch, heads, kv_heads, lq, lk, dim, value_dim), dtype, lq), **options)
 
 
-def test_the_temporal_form():
-    """It is made of the same kernels on shifted keys."""
+@pytest.mark.parametrize("form", ["one value", "per step"])
+def test_the_temporal_form(form):
+    """It is made of the same kernels with one map."""
     q, k, _, _, v, lam, alpha = inputs_of((2, 2, 1, 19, 19, 16, 24), torch.float32)
     padding = rand(2, 19, seed=3) > 0.5
+    if form == "one value":
+        lam, alpha = (x[:1, :1, :1] for x in (lam, alpha))
+    norm = {"norm_eps": 1e-3, "norm_weight": rand(24, seed=5).abs() + 0.5}
 
     def outcome(impl, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, lam, alpha)]
         *tensors, alpha_ = leaves
         out = rdfkern.temporal_diff_attention(
-            *tensors, alpha=alpha_, key_padding_mask=padding, impl=impl
+            *tensors, alpha=alpha_, key_padding_mask=padding, impl=impl, **norm
         )
         upstream = rand(*out.shape, seed=4).to(dtype)
         return out, *torch.autograd.grad(out, leaves, upstream)
@@ -321,8 +325,15 @@ def test_the_temporal_form():
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_registered_operators_give_the_shapes_that_their_fakes_promise():
-    inputs = inputs_of((1, 2, 1, 9, 7, 5, 6), torch.bfloat16)
+def test_dropout_of_the_temporal_form(temporal_dropout):
+    temporal_dropout("cuda")
+
+
+@pytest.mark.parametrize("maps", [1, 2])
+def test_registered_operators_give_the_shapes_that_their_fakes_promise(maps):
+    inputs = list(inputs_of((1, 2, 1, 9, 7, 5, 6), torch.bfloat16))
+    if maps == 1:
+        inputs[2] = inputs[3] = inputs[5] = None
     options = (*(None,) * 8, -1, -1, 0.0, 1.0, 1e-5, 0.5, "cuda")
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.rdfkern.diff_attn_fwd, (*inputs, *options), test_utils=checks)

@@ -15,6 +15,7 @@ KEYS = FOLDER + "triton_bwd_kv.py"
 QUERIES = FOLDER + "triton_bwd_q.py"
 DECODE = FOLDER + "triton_decode.py"
 COMBINE = FOLDER + "triton_combine.py"
+TEMPORAL = FOLDER + "temporal.py"
 
 # File, what it says, what it says with the fault, and which tests have to fail.
 MUTANTS = {
@@ -104,10 +105,35 @@ MUTANTS = {
     "padding let through": (TILES, "padded != 0", "padded > 1", "padding"),
     "maps saved in the wrong order": (
         FORWARD,
-        "maps = (o1, o2) if",
-        "maps = (o2, o1) if",
+        "for rows in (o1, o2))",
+        "for rows in (o2, o1))",
         "plain",
     ),
+    "one map: its deltas and coefficients exchanged": (
+        KEYS,
+        "exponent1, delta1, coefficient1 = load",
+        "exponent1, coefficient1, delta1 = load",
+        "temporal and value",
+    ),
+    "one map: no gradient of the values": (
+        KEYS,
+        "combined.to(grad.dtype), dv_t",
+        "combined.to(grad.dtype) * 0.0, dv_t",
+        "temporal and value",
+    ),
+    "temporal: gradients by the order of the values": (
+        TEMPORAL,
+        "ctx.save_for_backward(inverse)",
+        "ctx.save_for_backward(order)",
+        "temporal and value and True",
+    ),
+    "temporal: the last step is followed by the next dialogue": (
+        TEMPORAL,
+        "rank < counted[end]",
+        "rank <= counted[end]",
+        "temporal and value and True",
+    ),
+    "temporal: lam added": (TEMPORAL, "following, value=-1", "following, value=1", "temporal"),
     "decode: heads of a group mixed up": (
         DECODE,
         "kv_head * group + packed_rows // len_q",

@@ -382,10 +382,13 @@ def test_one_node_in_compiled_and_exported_programs():
 
 @kernels_run
 @pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("maps", [1, 2])
 @pytest.mark.usefixtures("tracing")
-def test_opcheck(needs_grad):
+def test_opcheck(maps, needs_grad):
     inputs, grad, _ = problem(lq=9, lk=7, **NORM)
     tensors = [x.to(DEVICE) for x in inputs.values()]
+    if maps == 1:
+        tensors[2] = tensors[3] = tensors[5] = None
     rest = (None, None, tensors.pop(), None, None, None, None, None)
     rest += (-1, 0, 0.0, 0.25, 1e-5, 0.6, "triton")
     forward, backward = torch.ops.rdfkern.diff_attn_fwd, torch.ops.rdfkern.diff_attn_bwd
@@ -466,25 +469,43 @@ def test_packed_equals_one_call_per_sequence(monkeypatch):
 
 
 @kernels_run
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("form", ["one value", "per head", "per step"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_temporal_form(packed, monkeypatch):
+def test_the_temporal_form(packed, form, deterministic, monkeypatch):
     set_tiles(monkeypatch, 32, 16)
     lengths = (21, 1, 0, 16)
     inputs, grad, options = problem(batch=1 if packed else 2, lq=38, lk=38, padded=True, **NORM)
     described = {name: inputs[f"{name}1"] for name in ("q", "k")} | {"v": inputs["v"]}
-    described |= {"lam": inputs["lam"], "alpha": inputs["alpha"]}
+    coefficients = {"lam": inputs["lam"], "alpha": inputs["alpha"]}
+    if form != "per step":
+        heads = described["k"].shape[1] if form == "per head" else 1
+        coefficients = {n: x[:1, :heads, :1].clone() for n, x in coefficients.items()}
+        described["q"] = described["q"][:, : described["k"].shape[1]]
+        grad = grad[:, : described["k"].shape[1]]
+    described |= coefficients
     if packed:
         described = {name: x[0].transpose(0, 1) for name, x in described.items()}
         options["key_padding_mask"] = options["key_padding_mask"][0]
         options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
         options["max_seqlen"] = max(lengths)
         grad = grad[0].transpose(0, 1)
+    options["scale"] = -0.3
 
     def attend(*, return_lse, **arguments):
         out = rdfkern.temporal_diff_attention(**arguments)
         return out, out.new_zeros(0)
 
-    check(described, grad, options, function=attend)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check(described, grad, options, function=attend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@kernels_run
+def test_dropout_of_the_temporal_form(temporal_dropout):
+    temporal_dropout("triton", DEVICE)
 
 
 def dropped_maps(inputs, options, seed):

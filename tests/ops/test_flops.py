@@ -66,6 +66,15 @@ def test_packed_sequences_count_by_themselves():
     assert count(attend, *inputs) == (2 * pairs * 24, 2 * pairs * 40)
 
 
+def test_the_temporal_form_has_one_map():
+    q, k, v = (torch.randn(1, 2, 10, d, requires_grad=True) for d in (8, 8, 16))
+
+    def attend(q, k, v):
+        return rdfkern.temporal_diff_attention(q, k, v, 0.5, impl="cpu")
+
+    assert count(attend, q, k, v) == (2 * 2 * 10 * 10 * 24, 2 * 2 * 10 * 10 * (3 * 8 + 2 * 16))
+
+
 def test_modules_are_counted():
     layer = rdfkern.nn.MultiheadDiffAttention(32, 2, batch_first=True)
     x = torch.randn(1, 10, 32)

@@ -208,9 +208,9 @@ def temporal_diff_attention(
     left out as if the dialogue did not have them, so that results do not depend on padding.
     ReDiFu's released network has alpha = lam.
 
-    A2 is A1 with its columns shifted by one step, so that one softmax serves both maps; the
-    kernels take two, on the CPU being faster by more than that on dialogues. There are no is_causal
-    and window: the wrap-around would show the first steps the last key, the future.
+    A2 is A1 with its columns shifted by one step, so that one softmax serves both maps, and where
+    lam and alpha are the same for all queries of a head, one product with the values. There are no
+    is_causal and window: the wrap-around would show the first steps the last key, the future.
 
     Args:
         q: (B, H, L, D), or packed (T, H, D) with `cu_seqlens`. float16, bfloat16, float32 or

@@ -40,10 +40,10 @@ def can_run(arguments: Arguments | None) -> str | None:
 def forward(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     alpha: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -70,10 +70,10 @@ def backward(
     grad_out: Tensor,
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     alpha: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -82,12 +82,14 @@ def backward(
     *,
     deterministic: bool,
     **options: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of q1, k1, q2, k2, v, lam, alpha and norm_weight; always deterministic."""
     packed, norm_weight = options["cu_seqlens_q"] is not None, options["norm_weight"]
     inputs = [unit_stride(x) for x in (q1, k1, q2, k2, v)]
-    gradients = [op.empty_like_rows(x, x.shape[-1], packed, x.dtype) for x in inputs]
-    dlam, dalpha = (x.new_empty(x.shape) for x in (lam, alpha))
+    gradients = [
+        None if x is None else op.empty_like_rows(x, x.shape[-1], packed, x.dtype) for x in inputs
+    ]
+    dlam, dalpha = (None if x is None else x.new_empty(x.shape) for x in (lam, alpha))
     jit.load("cuda")
     norm_partials = torch.ops.rdfkern._diff_attention_bwd_cuda(
         unit_stride(grad_out),
@@ -98,7 +100,7 @@ def backward(
         _longest(q1, options["max_seqlen_q"]),
         _longest(k1, options["max_seqlen_k"]),
         lse,
-        o2,
+        *filled(o2),
         o if o.numel() else out,
         *gradients,
         dlam,

@@ -20,17 +20,17 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def forward_flops(*arguments: Any, out_val: Any = None, **what_is_kept: bool) -> int:
-    """Of `rdfkern::diff_attn_fwd`: two maps of D and their products with V of Dv."""
+    """Of `rdfkern::diff_attn_fwd`: for each map, its scores of D and its product with V of Dv."""
     named = _named(torch.ops.rdfkern.diff_attn_fwd, arguments)
     dim, value_dim = named["q1"].shape[-1], named["v"].shape[-1]
-    return 2 * _pairs(named) * (2 * dim + 2 * value_dim)
+    return 2 * _pairs(named) * _maps(named) * (dim + value_dim)
 
 
 def backward_flops(*arguments: Any, out_val: Any = None) -> int:
-    """Of `rdfkern::diff_attn_bwd` in one pass: both maps, dQ and dK of D; dP and dV of Dv once."""
+    """Of `rdfkern::diff_attn_bwd` in one pass: scores, dQ and dK per map; dP and dV once."""
     named = _named(torch.ops.rdfkern.diff_attn_bwd, arguments)
     dim, value_dim = named["q1"].shape[-1], named["v"].shape[-1]
-    return 2 * _pairs(named) * (6 * dim + 2 * value_dim)
+    return 2 * _pairs(named) * (3 * _maps(named) * dim + 2 * value_dim)
 
 
 def register_when_counted() -> None:
@@ -85,6 +85,10 @@ def _register(counter: ModuleType) -> None:
 def _named(operator: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
     names = (argument.name for argument in operator.default._schema.arguments)
     return dict(zip(names, arguments, strict=False))  # what has a default may not be there
+
+
+def _maps(named: dict[str, Any]) -> int:
+    return 1 if named["q2"] is None else 2
 
 
 def _pairs(named: dict[str, Any]) -> int:

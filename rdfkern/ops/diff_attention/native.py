@@ -38,10 +38,10 @@ def can_run(arguments: Arguments | None) -> str | None:
 def forward(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     alpha: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -61,10 +61,10 @@ def backward(
     grad_out: Tensor,
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     alpha: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -73,26 +73,30 @@ def backward(
     *,
     deterministic: bool,
     **options: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of q1, k1, q2, k2, v, lam, alpha and norm_weight; always deterministic."""
     packed, norm_weight = options["cu_seqlens_q"] is not None, options["norm_weight"]
     kept_o2, kept_o = filled(o2, o)
+    if kept_o is None and options["norm_eps"] is None and out.dtype == lse.dtype:
+        kept_o = out
     chunks = 1
-    if kept_o2 is not None:  # without it, a task takes all keys of its queries
+    # Without these rows, a task takes all keys of its queries.
+    if kept_o is not None and (q2 is None or kept_o2 is not None):
         longest = options["max_seqlen_k"] if packed else k1.shape[2]
         tasks = kv_tasks(k1, options["cu_seqlens_k"])
         chunks = backward_chunks(tasks, longest, packed, torch.get_num_threads())
     inputs = [unit_stride(x) for x in (q1, k1, q2, k2, v)]
     gradients = []
     for x in inputs:
+        if x is None:
+            gradients.append(None)
+            continue
         width, dtype = x.shape[-1], x.dtype
         if chunks > 1:
             width, dtype = -(-width // LANES) * LANES, torch.float32
         gradients.append(x.new_empty((*x.shape[:-1], width), dtype=dtype))
-    dlam, dalpha = (x.new_empty(x.shape) for x in (lam, alpha))
-    dnorm_weight = None if norm_weight is None else torch.empty_like(norm_weight, dtype=lam.dtype)
-    if kept_o is None and kept_o2 is not None:
-        kept_o = out
+    dlam, dalpha = (None if x is None else x.new_empty(x.shape) for x in (lam, alpha))
+    dnorm_weight = None if norm_weight is None else torch.empty_like(norm_weight, dtype=lse.dtype)
     jit.load("cpu")
     torch.ops.rdfkern._diff_attention_bwd_cpu(
         unit_stride(grad_out),
@@ -112,7 +116,8 @@ def backward(
     if chunks > 1:
         # One after the other, so that no two wide gradients outlive their narrow copies.
         for at, x in enumerate(inputs):
-            gradients[at] = _narrowed(gradients[at], x)
+            if x is not None:
+                gradients[at] = _narrowed(gradients[at], x)
     return *gradients, dlam, dalpha, dnorm_weight
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 MIN_CHUNK = 256  # keys
 
 
-def unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor | None) -> Tensor | None:
     """x, or a copy of it where its last stride is not 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def filled(*outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -5,6 +5,9 @@ They choose the kernel inside, by name. A kernel module holds `forward`, which f
 here, and `backward`, with the arguments below, and never sees an empty problem. Packed tensors are
 (T, H, D) for the operators, so that autograd records no views, and shown as (1, H, T, D) to kernels
 that do not take them as they are.
+
+Without q2, k2 and lam there is one map, out = norm(alpha softmax(q1 k1ᵀ) v). Then o2 and the
+gradients of the three are empty for the operators, and None for kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ MAP_ROWS = ("triton",)
 # both maps anew, by which it needs no o2, unless it cuts the keys of one head for several threads.
 WHOLE_KEYS = {"cpu": 4096}
 
-INPUTS = "Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, Tensor alpha"
+INPUTS = "Tensor q1, Tensor k1, Tensor? q2, Tensor? k2, Tensor v, Tensor? lam, Tensor alpha"
 OPTIONS = (
     "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? norm_weight, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? seed, SymInt? max_seqlen_q, SymInt? max_seqlen_k, int left, "
@@ -56,10 +59,10 @@ register_when_counted()
 def diff_attention(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Coefficient,
+    lam: Coefficient | None,
     *,
     alpha: Coefficient,
     attn_mask: Tensor | None,
@@ -84,7 +87,7 @@ def diff_attention(
         q2,
         k2,
         v,
-        _per_row(lam, rows, q1),
+        None if lam is None else _per_row(lam, rows, q1),
         _per_row(alpha, rows, q1),
         attn_mask,
         key_padding_mask,
@@ -107,10 +110,10 @@ def diff_attention(
 def diff_attention_varlen(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Coefficient,
+    lam: Coefficient | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
@@ -138,7 +141,7 @@ def diff_attention_varlen(
         q2,
         k2,
         v,
-        _per_row(lam, rows, q1),
+        None if lam is None else _per_row(lam, rows, q1),
         _per_row(alpha, rows, q1),
         None,
         key_padding_mask,
@@ -235,7 +238,7 @@ class _DiffAttention(torch.autograd.Function):
         if norm_weight is not None:
             dnorm_weight = dnorm_weight.to(norm_weight.dtype)
         return (
-            *gradients,
+            *(None if x is None else dx for x, dx in zip(inputs, gradients, strict=True)),
             None,
             None,
             None if norm_weight is None else dnorm_weight,
@@ -266,24 +269,30 @@ def _backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors = _viewed((grad_out, *inputs, *saved), view)
     *gradients, dnorm_weight = kernels.backward(*tensors, **options, deterministic=arguments[-1])
     if view:
-        gradients = [x.squeeze(0).transpose(0, 1).contiguous() for x in gradients]
-    return *gradients, v.new_empty(0, dtype=lse_dtype(v)) if dnorm_weight is None else dnorm_weight
+        gradients = [
+            x if x is None else x.squeeze(0).transpose(0, 1).contiguous() for x in gradients
+        ]
+    gradients.append(dnorm_weight)
+    return tuple(
+        v.new_empty(0, dtype=dtype) if x is None else x
+        for x, dtype in zip(gradients, _gradient_dtypes(v), strict=True)
+    )
 
 
 @torch.library.register_fake("rdfkern::diff_attn_fwd")
 def _fake_forward(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
     *arguments: Any,
     needs_grad: bool = True,
     keeps_o2: bool = True,
 ):
-    options = _options(arguments[2:])
+    options, maps = _options(arguments[2:]), 1 if q2 is None else 2
     packed, norm_eps = options["cu_seqlens_q"] is not None, options["norm_eps"]
-    return _empty_outputs(q1, v, packed, norm_eps, options["impl"], needs_grad, keeps_o2)
+    return _empty_outputs(q1, v, maps, packed, norm_eps, options["impl"], needs_grad, keeps_o2)
 
 
 @torch.library.register_fake("rdfkern::diff_attn_bwd")
@@ -291,11 +300,13 @@ def _fake_backward(grad_out: Tensor, *arguments: Any):
     return _empty_gradients(arguments[:7], _options(arguments[11:-1])["norm_weight"])
 
 
-def _viewed(tensors: Sequence[Tensor], view: bool) -> Sequence[Tensor]:
+def _viewed(tensors: Sequence[Tensor | None], view: bool) -> Sequence[Tensor | None]:
     """Packed (T, H) and (T, H, D) as (1, H, T) and (1, H, T, D), all else as it is."""
     if not view:
         return tensors
-    return [x.transpose(0, 1).unsqueeze(0) if x.dim() in (2, 3) else x for x in tensors]
+    return [
+        x if x is None or x.dim() not in (2, 3) else x.transpose(0, 1).unsqueeze(0) for x in tensors
+    ]
 
 
 def lse_dtype(v: Tensor) -> torch.dtype:
@@ -314,15 +325,16 @@ def empty_like_rows(x: Tensor, width: int, packed: bool, dtype: torch.dtype) -> 
 def _empty_outputs(
     q1: Tensor,
     v: Tensor,
+    maps: int,
     packed: bool,
     norm_eps: float | None,
     impl: str,
     needs_grad: bool,
     keeps_o2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for (out, lse, o2, o), packed like q1 or not; lse is (2, B, H, L) in either case.
+    """Memory for (out, lse, o2, o), packed like q1 or not; lse is (maps, B, H, L) in either case.
 
-    o2 and o are empty where no gradient is needed.
+    o2 and o are empty where no gradient is needed; with one map, o2 always is.
 
     Without keeps_o2 (see WHOLE_KEYS), o2 is always empty, and so is o but for a norm.
 
@@ -333,24 +345,31 @@ def _empty_outputs(
     *rows, _ = q1.shape
     size, wide = (*rows, v.shape[-1]), lse_dtype(v)
     out = v.new_empty(size)
-    lse = v.new_empty((2, 1, *reversed(rows)) if packed else (2, *rows), dtype=wide)
+    lse = v.new_empty((maps, *((1, *reversed(rows)) if packed else rows)), dtype=wide)
     nothing = v.new_empty(0, dtype=wide)
     if not needs_grad:
         return out, lse, nothing, torch.empty_like(nothing)
     same = norm_eps is None and (not keeps_o2 or wide == v.dtype) and impl not in MAP_ROWS
     o2, o = (
         v.new_empty(size, dtype=wide) if kept else torch.empty_like(nothing)
-        for kept in (keeps_o2, not same)
+        for kept in (keeps_o2 and maps == 2, not same)
     )
     return out, lse, o2, o
 
 
-def _empty_gradients(inputs: Sequence[Tensor], norm_weight: Tensor | None) -> tuple[Tensor, ...]:
-    wide = lse_dtype(inputs[0])
-    dtypes = [x.dtype for x in inputs[:5]] + [wide, wide]
-    gradients = [x.new_empty(x.shape, dtype=dtype) for x, dtype in zip(inputs, dtypes, strict=True)]
-    size = 0 if norm_weight is None else norm_weight.shape[0]
-    return *gradients, inputs[0].new_empty(size, dtype=wide)
+def _gradient_dtypes(v: Tensor) -> list[torch.dtype]:
+    """Of the gradients of q1, k1, q2, k2, v, and then of lam, alpha and norm_weight."""
+    return [v.dtype] * 5 + [lse_dtype(v)] * 3
+
+
+def _empty_gradients(
+    inputs: Sequence[Tensor | None], norm_weight: Tensor | None
+) -> tuple[Tensor, ...]:
+    v = inputs[4]
+    return tuple(
+        v.new_empty(0 if x is None else x.shape, dtype=dtype)
+        for x, dtype in zip((*inputs, norm_weight), _gradient_dtypes(v), strict=True)
+    )
 
 
 def _options(values: tuple[Any, ...]) -> dict[str, Any]:

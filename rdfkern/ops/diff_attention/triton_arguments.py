@@ -23,10 +23,10 @@ class Problem:
 
     q1: Tensor
     k1: Tensor
-    q2: Tensor
-    k2: Tensor
+    q2: Tensor | None
+    k2: Tensor | None
     v: Tensor
-    lam: Tensor
+    lam: Tensor | None
     alpha: Tensor
     attn_mask: Tensor | None
     key_padding_mask: Tensor | None
@@ -41,6 +41,10 @@ class Problem:
     sequences: int
     len_q: int
     len_k: int
+
+    @property
+    def maps(self) -> int:
+        return 1 if self.q2 is None else 2
 
     @property
     def heads(self) -> int:
@@ -87,8 +91,8 @@ class Problem:
             "cu_seqlens_k_ptr": self.cu_seqlens_k,
             "q1_strides": self.q1.stride()[:3],
             "k1_strides": self.k1.stride()[:3],
-            "q2_strides": self.q2.stride()[:3],
-            "k2_strides": self.k2.stride()[:3],
+            "q2_strides": row_strides(self.q2),
+            "k2_strides": row_strides(self.k2),
             "v_strides": self.v.stride()[:3],
             "mask_strides": (0, 0, 0, 0) if mask is None else mask.stride(),
             "padding_stride": padding.stride(0)
@@ -108,6 +112,7 @@ class Problem:
             "DV": self.value_dim,
             "BLOCK_D": padded_width(self.head_dim),
             "BLOCK_DV": padded_width(self.value_dim),
+            "MAPS": self.maps,
             "HAS_LEFT": self.left >= 0,
             "HAS_RIGHT": self.right >= 0,
             "HAS_DROPOUT": self.dropout_p > 0.0,
@@ -117,7 +122,12 @@ class Problem:
 
 
 # Arguments on which the best tiles depend; lengths do too, but change from call to call.
-TUNING_KEY = ("D", "DV", "HAS_LEFT", "HAS_RIGHT", "HAS_DROPOUT")
+TUNING_KEY = ("D", "DV", "MAPS", "HAS_LEFT", "HAS_RIGHT", "HAS_DROPOUT")
+
+
+def row_strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of (B, H, L, .) up to the rows; zeros for a tensor that is not there."""
+    return (0, 0, 0) if x is None else x.stride()[:3]
 
 
 def padded_width(columns: int) -> int:
@@ -128,10 +138,10 @@ def padded_width(columns: int) -> int:
 def describe(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     alpha: Tensor,
     *,
     attn_mask: Tensor | None,
@@ -148,14 +158,14 @@ def describe(
 ) -> Problem:
     """Collect the inputs; copies only those whose last stride is not 1, or all q of a scale < 0."""
     if scale < 0.0:
-        q1, q2 = -q1, -q2
+        q1, q2 = -q1, None if q2 is None else -q2
     varlen = cu_seqlens_q is not None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.view(torch.uint8)
     if key_padding_mask is not None:
         key_padding_mask = unit_stride(key_padding_mask).view(torch.uint8)
     return Problem(
-        *(unit_stride(x) for x in (q1, k1, q2, k2, v)),
+        *(None if x is None else unit_stride(x) for x in (q1, k1, q2, k2, v)),
         lam=lam,
         alpha=alpha,
         attn_mask=attn_mask,

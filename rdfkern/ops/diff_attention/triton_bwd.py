@@ -13,7 +13,7 @@ from ..._backends.triton_device import architecture
 from ..._backends.triton_utils import Launch, unit_stride
 from . import config
 from .op import empty_like_rows
-from .triton_arguments import Problem, describe, padded_width
+from .triton_arguments import Problem, describe, padded_width, row_strides
 from .triton_bwd_kv import diff_attn_bwd_kv_kernel
 from .triton_bwd_q import diff_attn_bwd_q_kernel
 from .triton_bwd_rows import rows_launch
@@ -24,10 +24,10 @@ def backward(
     grad_out: Tensor,
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     alpha: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -49,7 +49,7 @@ def backward(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     deterministic: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of q1, k1, q2, k2, v, lam, alpha and norm_weight from those of the output.
 
     Args:
@@ -58,7 +58,7 @@ def backward(
 
     Returns:
         dq1, dk1, dq2, dk2, dv like their tensors; dlam, dalpha (B, H, Lq) and dnorm_weight (Dv,)
-        in float32, the latter None without a weight.
+        in float32, the latter None without a weight, and with one map those of q2, k2 and lam.
     """
     problem = describe(
         q1,
@@ -85,20 +85,21 @@ def backward(
     grad = grad_out
     if norm_eps is not None:
         grad = empty_like_rows(grad_out, problem.value_dim, packed, v.dtype)
-    dlam, dalpha = lse.new_empty(problem.rows), lse.new_empty(problem.rows)
+    dlam, dalpha = (None if x is None else lse.new_empty(problem.rows) for x in (lam, alpha))
     rows = lse.new_empty(*problem.rows, ROW_VALUES.value)
     block_m = config.row_block(padded_width(problem.value_dim))
     programs = problem.sequences * problem.heads * triton.cdiv(problem.len_q, block_m)
     partial = None if norm_weight is None else lse.new_zeros(programs, problem.value_dim)
     rows_launch(
-        problem, grad_out, o1, o2, lse, norm_weight, norm_eps, out_scale,
+        problem, grad_out, o1, None if lam is None else o2, lse, norm_weight, norm_eps, out_scale,
         grad, rows, dlam, dalpha, partial, block_m,
     ).run(device)  # fmt: skip
 
     widths = (padded_width(problem.head_dim), padded_width(problem.value_dim))
     sizes = (*widths, q1.dtype, architecture(device))
     dq1, dk1, dq2, dk2, dv = (
-        empty_like_rows(x, x.shape[3], packed, x.dtype) for x in (q1, k1, q2, k2, v)
+        None if x is None else empty_like_rows(x, x.shape[3], packed, x.dtype)
+        for x in (q1, k1, q2, k2, v)
     )
     if deterministic:
         tiles = config.tiles("keys", *sizes)
@@ -107,10 +108,12 @@ def backward(
         q_launch(problem, grad, rows, dq1, dq2, tiles).run(device)
     else:
         tiles = config.tiles("one_pass", *sizes)
-        sums = lse.new_zeros(2, *problem.rows, problem.head_dim)
-        kv_launch(problem, grad, rows, sums[0], sums[1], dk1, dk2, dv, tiles).run(device)
+        sums = lse.new_zeros(problem.maps, *problem.rows, problem.head_dim)
+        second = None if dq2 is None else sums[1]
+        kv_launch(problem, grad, rows, sums[0], second, dk1, dk2, dv, tiles).run(device)
         torch.mul(sums[0], problem.query_scale, out=dq1)
-        torch.mul(sums[1], problem.query_scale, out=dq2)
+        if dq2 is not None:
+            torch.mul(second, problem.query_scale, out=dq2)
     dnorm_weight = None if partial is None else partial.sum(dim=0)
     return dq1, dk1, dq2, dk2, dv, dlam, dalpha, dnorm_weight
 
@@ -122,7 +125,7 @@ def kv_launch(
     dq1: Tensor | None,
     dq2: Tensor | None,
     dk1: Tensor,
-    dk2: Tensor,
+    dk2: Tensor | None,
     dv: Tensor,
     tiles: config.Tiles,
 ) -> Launch:
@@ -140,7 +143,7 @@ def kv_launch(
             "dk2_ptr": dk2,
             "dv_ptr": dv,
             "dk1_strides": dk1.stride()[:3],
-            "dk2_strides": dk2.stride()[:3],
+            "dk2_strides": row_strides(dk2),
             "dv_strides": dv.stride()[:3],
             "scale": problem.scale,
         },
@@ -154,7 +157,7 @@ def q_launch(
     grad: Tensor,
     rows: Tensor,
     dq1: Tensor,
-    dq2: Tensor,
+    dq2: Tensor | None,
     tiles: config.Tiles,
 ) -> Launch:
     """The launch that fills dq1 and dq2."""
@@ -168,7 +171,7 @@ def q_launch(
             "dq1_ptr": dq1,
             "dq2_ptr": dq2,
             "dq1_strides": dq1.stride()[:3],
-            "dq2_strides": dq2.stride()[:3],
+            "dq2_strides": row_strides(dq2),
             "query_scale": problem.query_scale,
         },
         **problem.tuning("queries", tiles),

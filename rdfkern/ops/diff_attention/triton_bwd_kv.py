@@ -1,7 +1,8 @@
 """Backward of differential attention for keys and values, and in the one-pass form for queries.
 
 dS1 = P1 (alpha dP - alpha D1) and dS2 = lam P2 (D2 - dP) share dP = dO Vᵀ, and
-dV = (alpha P1 - lam P2)ᵀ dO: one pass takes 10 products where two attentions take 14.
+dV = (alpha P1 - lam P2)ᵀ dO: one pass takes 10 products where two attentions take 14. With MAPS of
+1 the second map is left out.
 """
 
 import triton
@@ -70,6 +71,7 @@ def diff_attn_bwd_kv_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MAPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -95,13 +97,15 @@ def diff_attn_bwd_kv_kernel(
     columns = start_n + local_n
     block_start = key_start + start_n
     k1_base = head_start(k1_ptr, k1_strides, batch, kv_head, block_start)
-    k2_base = head_start(k2_ptr, k2_strides, batch, kv_head, block_start)
     v_base = head_start(v_ptr, v_strides, batch, kv_head, block_start)
     k1 = load_tile(k1_base, k1_strides[2], local_n, keys_left, columns_d, D)
-    k2 = load_tile(k2_base, k2_strides[2], local_n, keys_left, columns_d, D)
+    if MAPS == 2:
+        k2_base = head_start(k2_ptr, k2_strides, batch, kv_head, block_start)
+        k2 = load_tile(k2_base, k2_strides[2], local_n, keys_left, columns_d, D)
     v = load_tile(v_base, v_strides[2], local_n, keys_left, columns_dv, DV)
     dk1_t = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-    dk2_t = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+    if MAPS == 2:
+        dk2_t = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
     dv_t = tl.zeros([BLOCK_DV, BLOCK_N], tl.float32)
     padding_base = padding_ptr
     if padding_ptr is not None:
@@ -124,7 +128,8 @@ def diff_attn_bwd_kv_kernel(
         head = kv_head * group + member
         sequence_head = (sequence * heads + head).to(tl.int32)
         q1_base = head_start(q1_ptr, q1_strides, batch, head, row_start)
-        q2_base = head_start(q2_ptr, q2_strides, batch, head, row_start)
+        if MAPS == 2:
+            q2_base = head_start(q2_ptr, q2_strides, batch, head, row_start)
         grad_base = head_start(grad_ptr, grad_strides, batch, head, row_start)
         first_row = batch * row_strides[0] + head * row_strides[1] + row_start
         if mask_ptr is not None:
@@ -133,11 +138,13 @@ def diff_attn_bwd_kv_kernel(
             rows = start_m + local_m
             edge = start_m < full_begin or start_m >= full_end
             q1 = load_tile(q1_base, q1_strides[2], rows, len_q, columns_d, D)
-            q2 = load_tile(q2_base, q2_strides[2], rows, len_q, columns_d, D)
+            if MAPS == 2:
+                q2 = load_tile(q2_base, q2_strides[2], rows, len_q, columns_d, D)
             grad = load_tile(grad_base, grad_strides[2], rows, len_q, columns_dv, DV)
-            exponent1, exponent2, delta1, delta2, coefficient1, coefficient2 = load_row_values(
-                rows_ptr + first_row * ROW_VALUES, rows, len_q
-            )
+            values_base = rows_ptr + first_row * ROW_VALUES
+            exponent1, delta1, coefficient1 = load_row_values(values_base, rows, len_q)
+            if MAPS == 2:
+                exponent2, delta2, coefficient2 = load_row_values(values_base + 1, rows, len_q)
             keep1 = None
             keep2 = None
             if HAS_DROPOUT:
@@ -161,27 +168,36 @@ def diff_attn_bwd_kv_kernel(
             if dq1_ptr is not None:
                 dq1 = tl.dot(score_grads1, k1, input_precision=PRECISION)
                 add_tile(dq1_ptr + first_row * D, D, rows, len_q, columns_d, D, dq1)
-            scores2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
-            if edge or MASKED:
-                scores2 = mask_scores(
-                    scores2, rows[:, None], columns[None, :], shift, len_q, len_k, left, right,
-                    scale_log2, mask_base, mask_strides, padding_base, HAS_LEFT, HAS_RIGHT, True,
-                )  # fmt: skip
-            weights2 = tl.math.exp2(scores2 * factor - exponent2[:, None])
-            kept2, score_grads2 = map_gradients(
-                weights2, value_grads, coefficient2[:, None], delta2[:, None], keep2, inverse_kept
-            )
-            combined = (combined + coefficient2[:, None] * kept2).to(grad.dtype)
-            score_grads2 = score_grads2.to(q2.dtype)
-            dk2_t = tl.dot(tl.trans(q2), score_grads2, dk2_t, input_precision=PRECISION)
-            if dq1_ptr is not None:
-                dq2 = tl.dot(score_grads2, k2, input_precision=PRECISION)
-                add_tile(dq2_ptr + first_row * D, D, rows, len_q, columns_d, D, dq2)
-            dv_t = tl.dot(tl.trans(grad), combined, dv_t, input_precision=PRECISION)
+            if MAPS == 2:
+                scores2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
+                if edge or MASKED:
+                    scores2 = mask_scores(
+                        scores2, rows[:, None], columns[None, :], shift, len_q, len_k,
+                        left, right, scale_log2, mask_base, mask_strides, padding_base,
+                        HAS_LEFT, HAS_RIGHT, True,
+                    )  # fmt: skip
+                weights2 = tl.math.exp2(scores2 * factor - exponent2[:, None])
+                kept2, score_grads2 = map_gradients(
+                    weights2,
+                    value_grads,
+                    coefficient2[:, None],
+                    delta2[:, None],
+                    keep2,
+                    inverse_kept,
+                )
+                combined = (combined + coefficient2[:, None] * kept2).to(grad.dtype)
+                score_grads2 = score_grads2.to(q2.dtype)
+                dk2_t = tl.dot(tl.trans(q2), score_grads2, dk2_t, input_precision=PRECISION)
+                if dq1_ptr is not None:
+                    dq2 = tl.dot(score_grads2, k2, input_precision=PRECISION)
+                    add_tile(dq2_ptr + first_row * D, D, rows, len_q, columns_d, D, dq2)
+            dv_t = tl.dot(tl.trans(grad), combined.to(grad.dtype), dv_t, input_precision=PRECISION)
 
     dk1_base = head_start(dk1_ptr, dk1_strides, batch, kv_head, block_start)
-    dk2_base = head_start(dk2_ptr, dk2_strides, batch, kv_head, block_start)
     dv_base = head_start(dv_ptr, dv_strides, batch, kv_head, block_start)
     store_tile(dk1_base, dk1_strides[2], local_n, columns_d, keys_left, D, tl.trans(dk1_t) * scale)
-    store_tile(dk2_base, dk2_strides[2], local_n, columns_d, keys_left, D, tl.trans(dk2_t) * scale)
     store_tile(dv_base, dv_strides[2], local_n, columns_dv, keys_left, DV, tl.trans(dv_t))
+    if MAPS == 2:
+        dk2_base = head_start(dk2_ptr, dk2_strides, batch, kv_head, block_start)
+        dk2 = tl.trans(dk2_t) * scale
+        store_tile(dk2_base, dk2_strides[2], local_n, columns_d, keys_left, D, dk2)

@@ -56,6 +56,7 @@ def diff_attn_bwd_q_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MAPS: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -83,10 +84,8 @@ def diff_attn_bwd_q_kernel(
     rows = start_m + local_m
 
     q1_base = head_start(q1_ptr, q1_strides, batch, head, row_start)
-    q2_base = head_start(q2_ptr, q2_strides, batch, head, row_start)
     grad_base = head_start(grad_ptr, grad_strides, batch, head, row_start)
     k1_base = head_start(k1_ptr, k1_strides, batch, kv_head, key_start)
-    k2_base = head_start(k2_ptr, k2_strides, batch, kv_head, key_start)
     v_base = head_start(v_ptr, v_strides, batch, kv_head, key_start)
     first_row = batch * row_strides[0] + head * row_strides[1] + row_start
     mask_base = mask_ptr
@@ -101,13 +100,16 @@ def diff_attn_bwd_q_kernel(
     inverse_kept = 1.0 / (1.0 - dropout_p)
 
     q1 = load_tile(q1_base, q1_strides[2], local_m, rows_left, columns_d, D)
-    q2 = load_tile(q2_base, q2_strides[2], local_m, rows_left, columns_d, D)
     grad = load_tile(grad_base, grad_strides[2], local_m, rows_left, columns_dv, DV)
-    exponent1, exponent2, delta1, delta2, coefficient1, coefficient2 = load_row_values(
-        rows_ptr + first_row * ROW_VALUES, local_m, rows_left
-    )
+    values_base = rows_ptr + first_row * ROW_VALUES
+    exponent1, delta1, coefficient1 = load_row_values(values_base, local_m, rows_left)
     dq1 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq2 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if MAPS == 2:
+        q2_base = head_start(q2_ptr, q2_strides, batch, head, row_start)
+        k2_base = head_start(k2_ptr, k2_strides, batch, kv_head, key_start)
+        q2 = load_tile(q2_base, q2_strides[2], local_m, rows_left, columns_d, D)
+        exponent2, delta2, coefficient2 = load_row_values(values_base + 1, local_m, rows_left)
+        dq2 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     last = tl.minimum(start_m + BLOCK_M, len_q) - 1
     begin, full_begin, full_end, end = visible_tiles(
@@ -117,7 +119,8 @@ def diff_attn_bwd_q_kernel(
         columns = start_n + local_n
         edge = start_n < full_begin or start_n >= full_end
         k1 = load_tile(k1_base, k1_strides[2], columns, len_k, columns_d, D)
-        k2 = load_tile(k2_base, k2_strides[2], columns, len_k, columns_d, D)
+        if MAPS == 2:
+            k2 = load_tile(k2_base, k2_strides[2], columns, len_k, columns_d, D)
         v = load_tile(v_base, v_strides[2], columns, len_k, columns_dv, DV)
         keep1 = None
         keep2 = None
@@ -126,31 +129,35 @@ def diff_attn_bwd_q_kernel(
                 seed, sequence_head, rows[:, None], columns[None, :], dropout_p
             )
         scores1 = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        scores2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
+        if MAPS == 2:
+            scores2 = tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
         if edge or MASKED:
             scores1 = mask_scores(
                 scores1, rows[:, None], columns[None, :], shift, len_q, len_k, left, right,
                 scale_log2, mask_base, mask_strides, padding_base, HAS_LEFT, HAS_RIGHT, True,
             )  # fmt: skip
-            scores2 = mask_scores(
-                scores2, rows[:, None], columns[None, :], shift, len_q, len_k, left, right,
-                scale_log2, mask_base, mask_strides, padding_base, HAS_LEFT, HAS_RIGHT, True,
-            )  # fmt: skip
+            if MAPS == 2:
+                scores2 = mask_scores(
+                    scores2, rows[:, None], columns[None, :], shift, len_q, len_k, left, right,
+                    scale_log2, mask_base, mask_strides, padding_base, HAS_LEFT, HAS_RIGHT, True,
+                )  # fmt: skip
         weights1 = tl.math.exp2(scores1 * factor - exponent1[:, None])
-        weights2 = tl.math.exp2(scores2 * factor - exponent2[:, None])
         value_grads = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         _, score_grads1 = map_gradients(
             weights1, value_grads, coefficient1[:, None], delta1[:, None],
             keep1, inverse_kept,
         )  # fmt: skip
-        _, score_grads2 = map_gradients(
-            weights2, value_grads, coefficient2[:, None], delta2[:, None],
-            keep2, inverse_kept,
-        )  # fmt: skip
         dq1 = tl.dot(score_grads1.to(k1.dtype), k1, dq1, input_precision=PRECISION)
-        dq2 = tl.dot(score_grads2.to(k2.dtype), k2, dq2, input_precision=PRECISION)
+        if MAPS == 2:
+            weights2 = tl.math.exp2(scores2 * factor - exponent2[:, None])
+            _, score_grads2 = map_gradients(
+                weights2, value_grads, coefficient2[:, None], delta2[:, None],
+                keep2, inverse_kept,
+            )  # fmt: skip
+            dq2 = tl.dot(score_grads2.to(k2.dtype), k2, dq2, input_precision=PRECISION)
 
     dq1_base = head_start(dq1_ptr, dq1_strides, batch, head, row_start)
-    dq2_base = head_start(dq2_ptr, dq2_strides, batch, head, row_start)
     store_tile(dq1_base, dq1_strides[2], local_m, columns_d, rows_left, D, dq1 * query_scale)
-    store_tile(dq2_base, dq2_strides[2], local_m, columns_d, rows_left, D, dq2 * query_scale)
+    if MAPS == 2:
+        dq2_base = head_start(dq2_ptr, dq2_strides, batch, head, row_start)
+        store_tile(dq2_base, dq2_strides[2], local_m, columns_d, rows_left, D, dq2 * query_scale)

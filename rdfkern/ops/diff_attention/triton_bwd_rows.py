@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backends.triton_utils import LOG2E, Launch, load_tile, store_tile
-from .triton_arguments import Problem, padded_width
+from .triton_arguments import Problem, padded_width, row_strides
 from .triton_tiles import ROW_VALUES, head_start, sequence_rows
 
 
@@ -54,6 +54,7 @@ def diff_attn_bwd_rows_kernel(
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    MAPS: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
     """dO from the norm; dalpha = rowsum(dO ∘ O1), dlam = -rowsum(dO ∘ O2); the rows' values."""
@@ -74,23 +75,25 @@ def diff_attn_bwd_rows_kernel(
 
     grad_out_base = head_start(grad_out_ptr, grad_out_strides, batch, head, row_start)
     o1_base = head_start(o1_ptr, map_strides, batch, head, row_start)
-    o2_base = head_start(o2_ptr, map_strides, batch, head, row_start)
-    lam_base = head_start(lam_ptr, lam_strides, batch, head, row_start)
     alpha_base = head_start(alpha_ptr, alpha_strides, batch, head, row_start)
     grad = load_tile(grad_out_base, grad_out_strides[2], local_m, rows_left, columns, DV)
     out1 = load_tile(o1_base, map_strides[2], local_m, rows_left, columns, DV)
-    out2 = load_tile(o2_base, map_strides[2], local_m, rows_left, columns, DV)
-    lam = tl.load(lam_base + local_m * lam_strides[2], mask=inside, other=0.0)
+    if MAPS == 2:
+        o2_base = head_start(o2_ptr, map_strides, batch, head, row_start)
+        lam_base = head_start(lam_ptr, lam_strides, batch, head, row_start)
+        out2 = load_tile(o2_base, map_strides[2], local_m, rows_left, columns, DV)
+        lam = tl.load(lam_base + local_m * lam_strides[2], mask=inside, other=0.0)
     alpha = tl.load(alpha_base + local_m * alpha_strides[2], mask=inside, other=0.0)
     per_row = batch * row_strides[0] + head * row_strides[1] + row_start + local_m
     lse1 = tl.load(lse_ptr + per_row, mask=inside, other=float("-inf"))
-    lse2 = tl.load(lse_ptr + lse_map_stride + per_row, mask=inside, other=float("-inf"))
     alive = lse1 > float("-inf")
     # A dead row is a row of zeros, whose norm has a gradient that must go nowhere.
     exact = tl.where(alive[:, None], grad.to(tl.float32), 0.0)
     rounded = exact
     if HAS_NORM:
-        out = out1 * alpha[:, None] - out2 * lam[:, None]
+        out = out1 * alpha[:, None]
+        if MAPS == 2:
+            out -= out2 * lam[:, None]
         inverse_rms = tl.math.rsqrt(tl.sum(out * out, 1) / DV + norm_eps)
         normed = out * inverse_rms[:, None]
         scaled = exact * out_scale
@@ -109,24 +112,26 @@ def diff_attn_bwd_rows_kernel(
         grad_base = head_start(grad_ptr, grad_strides, batch, head, row_start)
         store_tile(grad_base, grad_strides[2], local_m, columns, rows_left, DV, stored)
     tl.store(dalpha_ptr + per_row, tl.sum(exact * out1, 1), mask=inside)
-    tl.store(dlam_ptr + per_row, -tl.sum(exact * out2, 1), mask=inside)
     values = rows_ptr + per_row * ROW_VALUES
     store_map(values, lse1, alpha, tl.sum(rounded * out1, 1), inside)
-    store_map(values + 1, lse2, -lam, tl.sum(rounded * out2, 1), inside)
+    if MAPS == 2:
+        lse2 = tl.load(lse_ptr + lse_map_stride + per_row, mask=inside, other=float("-inf"))
+        tl.store(dlam_ptr + per_row, -tl.sum(exact * out2, 1), mask=inside)
+        store_map(values + 1, lse2, -lam, tl.sum(rounded * out2, 1), inside)
 
 
 def rows_launch(
     problem: Problem,
     grad_out: Tensor,
     o1: Tensor,
-    o2: Tensor,
+    o2: Tensor | None,
     lse: Tensor,
     norm_weight: Tensor | None,
     norm_eps: float | None,
     out_scale: float,
     grad: Tensor,
     rows: Tensor,
-    dlam: Tensor,
+    dlam: Tensor | None,
     dalpha: Tensor,
     partial: Tensor | None,
     block_m: int,
@@ -153,9 +158,9 @@ def rows_launch(
             "grad_out_strides": grad_out.stride()[:3],
             "map_strides": o1.stride()[:3],
             "grad_strides": grad.stride()[:3],
-            "lam_strides": problem.lam.stride(),
+            "lam_strides": row_strides(problem.lam),
             "alpha_strides": problem.alpha.stride(),
-            "row_strides": dlam.stride()[:2],
+            "row_strides": dalpha.stride()[:2],
             "lse_map_stride": lse.stride(0),
             "heads": problem.heads,
             "len_q": problem.len_q,
@@ -164,6 +169,7 @@ def rows_launch(
             "DV": problem.value_dim,
             "BLOCK_DV": padded_width(problem.value_dim),
             "BLOCK_M": block_m,
+            "MAPS": problem.maps,
             "HAS_NORM": norm_eps is not None,
             "num_warps": 4,
             "num_stages": 1,

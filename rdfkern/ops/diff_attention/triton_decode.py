@@ -152,7 +152,7 @@ def decodes(problem: Problem) -> bool:
     """Whether these queries are so few and their keys so many that splitting the keys pays."""
     rows = problem.heads // problem.kv_heads * problem.len_q
     few = rows <= config.MAX_DECODED_ROWS and problem.len_k >= config.MIN_SPLIT_KEYS
-    return few and problem.dropout_p == 0.0
+    return few and problem.maps == 2 and problem.dropout_p == 0.0
 
 
 def decode(
@@ -186,7 +186,7 @@ def split_launch(problem: Problem, parts: Tensor, part_lse: Tensor, tiles: confi
     group, splits = problem.heads // problem.kv_heads, parts.shape[1]
     programs = problem.sequences * problem.kv_heads
     arguments = problem.kernel_arguments(tiles)
-    for name in ("seed", "dropout_p", "HAS_DROPOUT"):
+    for name in ("seed", "dropout_p", "MAPS", "HAS_DROPOUT"):
         del arguments[name]
     return Launch(
         diff_attn_split_kernel,

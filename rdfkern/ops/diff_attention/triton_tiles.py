@@ -81,8 +81,13 @@ def subtract_and_norm(
     DV: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    """Rows of alpha · O1 - lam · O2; with the norm, O / sqrt(mean(O²) + eps) · scale · weight."""
-    out = out1 * alpha[:, None] - out2 * lam[:, None]
+    """Rows of alpha · O1 - lam · O2; with the norm, O / sqrt(mean(O²) + eps) · scale · weight.
+
+    Without a second map, `out2` is None.
+    """
+    out = out1 * alpha[:, None]
+    if out2 is not None:
+        out -= out2 * lam[:, None]
     if HAS_NORM:
         inverse_rms = tl.math.rsqrt(tl.sum(out * out, 1) / DV + norm_eps) * out_scale
         out = out * inverse_rms[:, None]
@@ -110,16 +115,14 @@ def map_gradients(weights, value_grads, coefficient, delta, keep, inverse_kept):
 
 @triton.jit
 def load_row_values(rows_ptr, rows, row_count):
-    """What the rows kernel left: exponents, deltas and coefficients of both maps.
+    """What the rows kernel left of one map: exponents, deltas and coefficients.
 
+    `rows_ptr` points at the first row's values of the first map, and one further of the second.
     Rows past `row_count` get exponents of infinity, and so weigh nothing.
     """
     inside = rows < row_count
     values = rows_ptr + tl.minimum(rows, row_count - 1).to(tl.int64) * ROW_VALUES
-    exponent1 = tl.load(values, mask=inside, other=float("inf"))
-    exponent2 = tl.load(values + 1, mask=inside, other=float("inf"))
-    delta1 = tl.load(values + 2, mask=inside, other=0.0)
-    delta2 = tl.load(values + 3, mask=inside, other=0.0)
-    coefficient1 = tl.load(values + 4, mask=inside, other=0.0)
-    coefficient2 = tl.load(values + 5, mask=inside, other=0.0)
-    return exponent1, exponent2, delta1, delta2, coefficient1, coefficient2
+    exponent = tl.load(values, mask=inside, other=float("inf"))
+    delta = tl.load(values + 2, mask=inside, other=0.0)
+    coefficient = tl.load(values + 4, mask=inside, other=0.0)
+    return exponent, delta, coefficient
