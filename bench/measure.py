@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from . import attention_candidates, relation_peers
-from .attention_problem import AttentionProblem
 from .candidates import Candidate, Problem, Run, Unsuitable
 from .checks import Check, check
 from .machine import MatrixProduct, device_name
 from .memory import peak_memory
-from .relation_problem import RelationProblem
+from .problems import kind_of
 from .rounds import interleave
-from .shapes import BOTH, FORWARD, SHAPES, AttentionShape, Shape
+from .shapes import BOTH, FORWARD, SHAPES, Shape
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ class _Prepared:
 
 def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
     """All candidates of a shape on a kind of device."""
-    module = attention_candidates if isinstance(shape, AttentionShape) else relation_peers
-    return module.candidates(shape, device)
+    return kind_of(shape).candidates(shape, device)
 
 
 class Bench:
@@ -143,8 +140,8 @@ class Bench:
             gc.collect()
             if "torch._dynamo" in sys.modules:
                 torch.compiler.reset()
-            kind = AttentionProblem if isinstance(shape, AttentionShape) else RelationProblem
-            problem = kind(shape, self.settings.device, self.settings.conversations)
+            device, folder = self.settings.device, self.settings.conversations
+            problem = kind_of(shape).problem(shape, device, folder)
             self._prepared = _Prepared(shape, problem, problem.truth(), problem.plain())
         return self._prepared
 

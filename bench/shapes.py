@@ -69,6 +69,39 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class TemporalShape:
+    """A problem of ReDiFu's temporal differential attention.
+
+    Attributes:
+        name: unique among all shapes.
+        group: as in `AttentionShape`.
+        conversations: a kind of `bench.conversations`, whose lengths make a packed batch instead
+            of `batch` sequences of `length`.
+    """
+
+    name: str
+    _: KW_ONLY
+    group: str
+    batch: int = 1
+    heads: int = 4
+    length: int = 2048
+    head_dim: int = 64
+    value_dim: int = 64
+    conversations: str | None = None
+    dtype: torch.dtype = torch.float32
+    directions: tuple[str, ...] = (FORWARD, BOTH)
+    op: str = field(default="temporal_diff_attention", init=False)
+
+    def numbers(self) -> dict[str, Any]:
+        """What the shape consists of, for reports."""
+        if self.conversations is None:
+            numbers = {"B": self.batch, "L": self.length}
+        else:
+            numbers = {"lengths": self.conversations}
+        return numbers | {"H": self.heads, "D": self.head_dim, "Dv": self.value_dim}
+
+
+@dataclass(frozen=True)
 class RelationShape:
     """A layer of relation message passing.
 
@@ -125,7 +158,7 @@ class RelationShape:
         return numbers
 
 
-Shape = AttentionShape | RelationShape
+Shape = AttentionShape | TemporalShape | RelationShape
 
 GROUPS = ("headline", "more", "scale", "gpu", "tiny")
 HEADLINE, MORE, SCALE, GPU, TINY = GROUPS
@@ -158,6 +191,16 @@ ATTENTION_SHAPES = (
     _tiny("tiny", queries=37, head_dim=16, value_dim=32),
     _tiny("tiny-gqa", heads=4, kv_heads=2, queries=20, keys=33, is_causal=True, window=(9, 0)),
     _tiny("tiny-ragged", conversations="few"),
+)
+
+_temporal = partial(TemporalShape, group=HEADLINE)
+TEMPORAL_SHAPES = (
+    _temporal("temporal"),
+    _temporal("temporal-ragged", heads=8, conversations="dialogues"),
+    _temporal("gpu-temporal", group=GPU, batch=4, heads=16, length=4096, dtype=HALF),
+    _temporal("gpu-temporal-ragged", group=GPU, heads=8, conversations="dialogues", dtype=HALF),
+    _temporal("tiny-temporal", group=TINY, heads=2, length=19, head_dim=8, value_dim=16),
+    _temporal("tiny-temporal-ragged", group=TINY, heads=2, conversations="few", head_dim=8),
 )
 
 _conv = partial(RelationShape, op="relation_conv")
@@ -200,7 +243,9 @@ RELATION_SHAPES = (
     _dot("tiny-dot-alone", group=TINY, transforms=False, **_few),
 )
 
-SHAPES: dict[str, Shape] = {shape.name: shape for shape in (*ATTENTION_SHAPES, *RELATION_SHAPES)}
+SHAPES: dict[str, Shape] = {
+    shape.name: shape for shape in (*ATTENTION_SHAPES, *TEMPORAL_SHAPES, *RELATION_SHAPES)
+}
 
 
 def select(names: str) -> list[Shape]:

@@ -13,22 +13,19 @@ import os
 
 import torch
 
-from .attention_problem import AttentionProblem
-from .attention_problem import ours as attention
-from .relation_problem import RelationProblem
-from .relation_problem import ours as relation
-from .shapes import FORWARD, AttentionShape, Shape, select
+from .problems import kind_of
+from .shapes import FORWARD, Shape, select
 
 
 def tune(shape: Shape, device: torch.device) -> str | None:
     """Tune one shape in every direction that is measured; None, or why that was not possible."""
-    is_attention = isinstance(shape, AttentionShape)
-    problem = (AttentionProblem if is_attention else RelationProblem)(shape, device)
+    kind = kind_of(shape)
+    problem = kind.problem(shape, device)
     reason = problem.reasons().get("triton", f"no Triton kernels for {device.type} tensors")
     if reason is not None:
         return reason
     try:
-        run = (attention if is_attention else relation)("triton").prepare(problem)
+        run = kind.ours("triton").prepare(problem)
         with torch.no_grad():
             run.forward()
         if shape.directions != (FORWARD,):

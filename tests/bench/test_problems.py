@@ -24,6 +24,7 @@ from bench.shapes import (
     GROUPS,
     RELATION_SHAPES,
     SHAPES,
+    TEMPORAL_SHAPES,
     AttentionShape,
     select,
 )
@@ -51,7 +52,7 @@ def test_the_table_holds_the_issue_shapes():
     assert (square.head_dim, square.value_dim, square.dtype) == (64, 128, torch.float32)
     assert replace(square, name="causal", is_causal=True) == SHAPES["causal"]
     assert {shape.group for shape in SHAPES.values()} == set(GROUPS)
-    assert len(SHAPES) == len(ATTENTION_SHAPES) + len(RELATION_SHAPES)
+    assert len(SHAPES) == len(ATTENTION_SHAPES) + len(TEMPORAL_SHAPES) + len(RELATION_SHAPES)
     assert SHAPES["window-9-speakers"].speakers == 9
     problem = RelationProblem(SHAPES["window-9-speakers"], CPU)
     assert problem.graph.num_relations == 162
@@ -64,6 +65,7 @@ def test_shapes_are_chosen_by_name_and_group():
     assert [shape.name for shape in select("decode, square")] == ["square", "decode"]
     assert {shape.op for shape in select("headline")} == {
         "diff_attention",
+        "temporal_diff_attention",
         "relation_conv",
         "relation_attention",
     }

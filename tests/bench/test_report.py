@@ -201,6 +201,7 @@ def test_rehearsal_of_the_gpu_command(tmp_path):
     operations = {entry["extra_info"]["operation"] for entry in content["benchmarks"]}
     assert operations == {
         "diff_attention",
+        "temporal_diff_attention",
         "relation_conv",
         "relation_attention",
         "relation_dot_attention",
