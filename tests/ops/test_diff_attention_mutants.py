@@ -15,7 +15,7 @@ KEYS = FOLDER + "triton_bwd_kv.py"
 QUERIES = FOLDER + "triton_bwd_q.py"
 DECODE = FOLDER + "triton_decode.py"
 COMBINE = FOLDER + "triton_combine.py"
-TEMPORAL = FOLDER + "temporal.py"
+TEMPORAL = FOLDER + "temporal_values.py"
 
 # File, what it says, what it says with the fault, and which tests have to fail.
 MUTANTS = {
@@ -123,8 +123,8 @@ MUTANTS = {
     ),
     "temporal: gradients by the order of the values": (
         TEMPORAL,
-        "ctx.save_for_backward(inverse)",
-        "ctx.save_for_backward(order)",
+        "_Rows.apply(grad, inverse, order)",
+        "_Rows.apply(grad, order, inverse)",
         "temporal and value and True",
     ),
     "temporal: the last step is followed by the next dialogue": (

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import rdfkern
 from rdfkern.ops.diff_attention.temporal import reason_of
+from rdfkern.ops.diff_attention.temporal_values import next_values
 from rdfkern.testing import assert_within_budget
 
 IMPLS = ("reference", "torch")
@@ -347,6 +348,29 @@ def test_choice_of_the_cpu_kernels():
     x = x.double()
     backends = rdfkern.available_backends("temporal_diff_attention", x, x, x, 0.5)
     assert "computes in float32" in backends["cpu"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padding", [None, PADDING, DEAD], ids=["none", "some", "dead"])
+def test_values_of_the_next_step(padding, packed):
+    """In order, and differentiable as often as one likes, in both modes."""
+    v = rand(2, 5, 1, 2).transpose(1, 2)
+    present = [[j for j in range(5) if padding is None or not padding[b, j]] for b in range(2)]
+    cu_seqlens = None
+    if packed:
+        v, cu_seqlens = v.transpose(1, 2).flatten(0, 1), torch.tensor([0, 0, 5, 10, 10])
+        padding = None if padding is None else padding.flatten()
+
+    def following(v):
+        return next_values(v, cu_seqlens, padding)
+
+    rows = following(v).unflatten(0, (2, 5)) if packed else following(v).transpose(1, 2)
+    values = v.unflatten(0, (2, 5)) if packed else v.transpose(1, 2)
+    for b, steps in enumerate(present):
+        assert torch.equal(rows[b, steps], values[b, steps[1:] + steps[:1]])
+    v = v.detach().requires_grad_()
+    assert torch.autograd.gradcheck(following, v, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(following, v, check_fwd_over_rev=True)
 
 
 def test_coefficients_of_queries_double_the_width_of_the_values():

@@ -17,6 +17,7 @@ from .formula import (
     split_mask,
     visible_keys,
 )
+from .temporal_values import difference, merged_values, merges, next_values
 
 
 def diff_attention(
@@ -177,35 +178,26 @@ def temporal_diff_attention(
     norm_eps: float | None,
     out_scale: float,
 ) -> Tensor:
-    """A single map: A2 is A1 with its columns shifted by one step, so A2 V = A1 next(V).
-
-    Where lam and alpha are the same for every query, that map is applied to
-    alpha · V - lam · next(V), otherwise to V and next(V) side by side.
-    """
-    packing = None
-    if cu_seqlens is not None:
-        packing = Packing.from_cu_seqlens(cu_seqlens, q.shape[0], max_seqlen)
-        q, k, v = (_to_dense(x, packing) for x in (q, k, v))
-        lam, alpha = (_rows_to_dense(coefficient, packing) for coefficient in (lam, alpha))
-        present = packing.valid if key_padding_mask is None else packing.pad(~key_padding_mask)
-    else:
-        present = None if key_padding_mask is None else ~key_padding_mask  # [B, L]
-    compute = compute_dtype(v.dtype)
+    """One call of SDPA, of alpha · V - lam · next(V) or of V and next(V) side by side."""
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    following = _following_values(v, present)
-    visible = None if present is None else present[:, None, None, :]
-    merged = _is_constant_over_queries(lam) and _is_constant_over_queries(alpha)
+    following = next_values(v, cu_seqlens, key_padding_mask)
+    merged = merges(q, k, lam, alpha)
     if merged:
-        values = per_row(alpha, compute) * v.to(compute)
-        values = (values - per_row(lam, compute) * following.to(compute)).to(v.dtype)
+        values = merged_values(v, following, lam, alpha)
     else:
         values = torch.cat([v, following], dim=-1)
-    out = masked_sdpa(q, k, values, visible=visible, dropout_p=dropout_p, scale=scale).to(compute)
-    if not merged:
-        first, second = out.chunk(2, dim=-1)
-        out = per_row(alpha, compute) * first - per_row(lam, compute) * second
-    out = normalise_heads(out, norm_weight, norm_eps, out_scale).to(v.dtype)
-    return out if packing is None else packing.unpad(out.transpose(1, 2))
+    packing = None
+    present = None if key_padding_mask is None else ~key_padding_mask  # [B, L] or [T]
+    if cu_seqlens is not None:
+        packing = Packing.from_cu_seqlens(cu_seqlens, q.shape[0], max_seqlen)
+        present = packing.valid if present is None else packing.pad(present)
+        q, k, values = (_to_dense(x, packing) for x in (q, k, values))
+    visible = None if present is None else present[:, None, None, :]
+    out = masked_sdpa(q, k, values, visible=visible, dropout_p=dropout_p, scale=scale)
+    if packing is not None:
+        out = packing.unpad(out.transpose(1, 2))  # [T, H, .]
+    out = out.to(compute_dtype(v.dtype)) if merged else difference(out, lam, alpha)
+    return normalise_heads(out, norm_weight, norm_eps, out_scale).to(v.dtype)
 
 
 def _for_both_maps(mask: Tensor | None) -> Tensor | None:
@@ -224,25 +216,3 @@ def _rows_to_dense(coefficient: Coefficient, packing: Packing) -> Coefficient:
         return coefficient
     rows = coefficient.expand(torch.broadcast_shapes(coefficient.shape, (1, 1)))  # [T or 1, H or 1]
     return rows.mT if rows.shape[0] == 1 else packing.pad(rows).mT
-
-
-def _is_constant_over_queries(coefficient: Coefficient) -> bool:
-    return (
-        not isinstance(coefficient, Tensor) or coefficient.dim() == 0 or coefficient.shape[-1] == 1
-    )
-
-
-def _following_values(v: Tensor, present: Tensor | None) -> Tensor:
-    """v of the next present step of the same dialogue, the last one wrapping to the first.
-
-    Args:
-        v: (B, H, L, Dv).
-        present: (B, L) bool or None for all. What an absent step gets does not matter.
-    """
-    if present is None:
-        return v.roll(-1, dims=2)
-    steps = torch.argsort(~present, dim=1, stable=True)  # present steps first, in order
-    count = present.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
-    rank = present.cumsum(dim=1)  # of the following step, counted from 0
-    following = steps.gather(1, rank % count)  # [B, L]
-    return v.gather(2, following[:, None, :, None].expand_as(v))
