@@ -125,15 +125,15 @@ MUTANTS = {
         TEMPORAL,
         "_Rows.apply(grad, inverse, order)",
         "_Rows.apply(grad, order, inverse)",
-        "temporal and value and True",
+        "loops and some and torch",
     ),
     "temporal: the last step is followed by the next dialogue": (
         TEMPORAL,
         "rank < counted[end]",
         "rank <= counted[end]",
-        "temporal and value and True",
+        "loops and some and torch",
     ),
-    "temporal: lam added": (TEMPORAL, "following, value=-1", "following, value=1", "temporal"),
+    "temporal: lam added": (TEMPORAL, "following, value=-1", "following, value=1", "loops"),
     "decode: heads of a group mixed up": (
         DECODE,
         "kv_head * group + packed_rows // len_q",
@@ -169,8 +169,9 @@ ONE = next(iter(MUTANTS))
 )
 def test_fault_is_caught(mutant, catches):
     path, text, fault, tests = MUTANTS[mutant]
-    suite = "decode" if path in (DECODE, COMBINE) else "triton"
-    catches(path, text, fault, f"test_diff_attention_{suite}.py", tests)
+    suites = {DECODE: "diff_attention_decode", COMBINE: "diff_attention_decode"}
+    suites[TEMPORAL] = "temporal_diff_attention"
+    catches(path, text, fault, f"test_{suites.get(path, 'diff_attention_triton')}.py", tests)
 
 
 def test_without_a_fault_the_same_tests_pass(run_with_fault):

@@ -496,11 +496,7 @@ def test_the_temporal_form(packed, form, deterministic, monkeypatch):
         out = rdfkern.temporal_diff_attention(**arguments)
         return out, out.new_zeros(0)
 
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        check(described, grad, options, function=attend)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    check(described, grad, options, deterministic, function=attend)
 
 
 @kernels_run
