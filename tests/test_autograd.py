@@ -8,9 +8,13 @@ import rdfkern
 from rdfkern import RelationSpec
 from rdfkern._backends.autograd import is_recorded
 
-GRAPH = RelationSpec.speaker_direction(2, 2, 2).bind(
-    torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 3, 5])
-)
+
+def new_graph():
+    spec = RelationSpec.speaker_direction(2, 2, 2)
+    return spec.bind(torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 3, 5]))
+
+
+GRAPH = new_graph()
 RANDOM = torch.Generator().manual_seed(0)
 
 
@@ -79,3 +83,49 @@ def test_kernels_refuse_functional_transforms(case):
         with pytest.raises(RuntimeError, match="functorch transforms"):
             transform(lambda x: function(x, "cpu").sum())(x)
         assert transform(lambda x: function(x, "reference").sum())(x).isfinite().all()
+
+
+STARTS = torch.tensor([0, 3, 5])
+CALLS = {
+    "diff_attention": lambda x, graph, impl: rdfkern.diff_attention(
+        *(x.transpose(0, 1)[None],) * 5, 0.5, impl=impl
+    ),
+    "diff_attention_varlen": lambda x, graph, impl: rdfkern.diff_attention_varlen(
+        *(x,) * 5, 0.5, STARTS, STARTS, 3, 3, impl=impl
+    ),
+    "temporal_diff_attention": lambda x, graph, impl: rdfkern.temporal_diff_attention(
+        x, x, x, 0.5, cu_seqlens=STARTS, max_seqlen=3, impl=impl
+    ),
+    "diffusion_attention": lambda x, graph, impl: rdfkern.diffusion_attention(
+        x, x, x, steps=2, restart=0.3, cu_seqlens=STARTS, max_seqlen=3, impl=impl
+    ),
+    "relation_dot_attention": lambda x, graph, impl: rdfkern.relation_dot_attention(
+        x, x, x, LOGIT_REL, graph, impl=impl
+    ),
+    "relation_conv": lambda x, graph, impl: rdfkern.relation_conv(
+        (x[:, 0], x[:, 0]), WEIGHT, graph, impl=impl
+    ),
+}
+
+
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_code_may_give_a_tensor_twice(call, impl):
+    reason = rdfkern.available_backends(call)[impl]
+    if reason is not None:
+        pytest.skip(reason)
+    graph = new_graph()  # without what it kept under a transform of torch.func
+    x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+    def attend(x):
+        return CALLS[call](x, graph, impl)
+
+    def outcome(attend):
+        out = attend(x)
+        return out, *torch.autograd.grad(out.square().sum(), x)
+
+    # `torch` keeps lists of edges that it makes in the first call, forward and backward.
+    expected = outcome(attend)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(outcome(compiled), expected)

@@ -190,6 +190,43 @@ def temporal_dropout():
 
 
 @pytest.fixture
+def diffusion_of_kernels():
+    """f(impl, device): attention diffusion and its gradients against the reference in float64."""
+    generator = torch.Generator().manual_seed(5)
+    lengths, total = (17, 1, 0, 20), 38
+    dense = [torch.randn(2, 3, 19, d, generator=generator).mT.contiguous().mT for d in (6, 6, 11)]
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in dense]
+    padding = torch.rand(2, 19, generator=generator) > 0.6
+    padding[1] = True
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    cases = [
+        (dense, {}),
+        (dense, {"window": (4, 2), "key_padding_mask": padding, "scale": -0.7}),
+        (packed, {"cu_seqlens": starts, "max_seqlen": 20, "window": (-1, 3)}),
+        (packed, {"cu_seqlens": starts, "max_seqlen": total, "key_padding_mask": padding.view(-1)}),
+    ]
+
+    def check(impl, device="cpu"):
+        for inputs, options in cases:
+            upstream = torch.randn(inputs[2].shape, generator=generator)
+
+            def outcome(impl, dtype, device, inputs=inputs, options=options, upstream=upstream):
+                leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+                moved = {n: getattr(x, "to", lambda _, x=x: x)(device) for n, x in options.items()}
+                call = {"steps": 3, "restart": 0.3, "impl": impl, **moved}
+                out = rdfkern.diffusion_attention(*leaves, **call)
+                gradients = torch.autograd.grad(out, leaves, upstream.to(device, dtype))
+                return [x.cpu() for x in (out, *gradients)]
+
+            found = outcome(impl, torch.float32, device)
+            expected = outcome("reference", torch.float64, "cpu")
+            for value, truth in zip(found, expected, strict=True):
+                torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-5)
+
+    return check
+
+
+@pytest.fixture
 def run_with_fault(tmp_path):
     """f(path, text, fault, file, tests): run tests of a file in the interpreter, on a copy of the
     package in which `fault` stands for `text` in the module or C++ source (csrc/...) `path`."""

@@ -12,6 +12,7 @@ import rdfkern
 from rdfkern._backends import jit
 from rdfkern._backends.dispatch import Implementation
 from rdfkern.ops.diff_attention import api, cuda
+from rdfkern.ops.diffusion import api as diffusion
 from rdfkern.testing import assert_within_budget
 
 INF = float("inf")
@@ -323,6 +324,12 @@ def test_the_temporal_form(form):
         outcome("cuda", torch.float32), outcome("reference", torch.float64), strict=True
     ):
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_diffusion(diffusion_of_kernels, monkeypatch):
+    emulated = Implementation(".ops.diffusion.cuda")
+    monkeypatch.setitem(diffusion.OPERATION.implementations, "cuda", emulated)
+    diffusion_of_kernels("cuda")
 
 
 def test_dropout_of_the_temporal_form(temporal_dropout):

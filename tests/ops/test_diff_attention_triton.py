@@ -500,6 +500,11 @@ def test_the_temporal_form(packed, form, deterministic, monkeypatch):
 
 
 @kernels_run
+def test_diffusion(diffusion_of_kernels):
+    diffusion_of_kernels("triton", DEVICE)
+
+
+@kernels_run
 def test_dropout_of_the_temporal_form(temporal_dropout):
     temporal_dropout("triton", DEVICE)
 

@@ -9,6 +9,8 @@ import rdfkern
 from rdfkern.testing import assert_within_budget
 
 IMPLS = ["reference", "torch"]
+CPU = rdfkern.available_backends("diffusion_attention")["cpu"]
+KERNELS = pytest.param("cpu", marks=pytest.mark.skipif(CPU is not None, reason=str(CPU)))
 
 
 def random_inputs(batch, heads, length, dim, value_dim, dtype=torch.float64, seed=0):
@@ -101,7 +103,7 @@ def test_scale_and_wide_head_dims(impl):
     torch.testing.assert_close(actual, truth(q, k, z0, steps=3, restart=0.2, scale=1.7))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_error_within_budget(impl, dtype):
     inputs = random_inputs(2, 2, 33, 17, 9, dtype)
@@ -185,7 +187,7 @@ def test_empty_inputs(impl, shape, value_dim):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, KERNELS])
 def test_rows_without_keys_keep_only_the_restart(impl):
     inputs = random_inputs(1, 2, 5, 3, 4, torch.float32)
     padding = torch.ones(1, 5, dtype=torch.bool)
@@ -225,7 +227,7 @@ def test_gradcheck(impl, case):
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, KERNELS])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_to_one_graph(impl, packed):
     q, k, z0 = random_inputs(2, 2, 5, 3, 4, torch.float32)
@@ -243,7 +245,7 @@ def test_compiles_to_one_graph(impl, packed):
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, KERNELS])
 def test_autocast_casts_the_inputs_only(impl):
     q, k, z0 = random_inputs(1, 2, 6, 3, 4, torch.float32)
     halves = [x.bfloat16() for x in (q, k, z0)]
@@ -252,6 +254,27 @@ def test_autocast_casts_the_inputs_only(impl):
         actual = rdfkern.diffusion_attention(q, k.bfloat16(), z0, steps=3, restart=0.2, impl=impl)
     assert actual.dtype == torch.bfloat16
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(CPU is not None, reason=str(CPU))
+def test_kernels_for_the_cpu(diffusion_of_kernels):
+    diffusion_of_kernels("cpu")
+
+
+@pytest.mark.skipif(CPU is not None, reason=str(CPU))
+@pytest.mark.parametrize("restart", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_kernels_take_any_steps_and_restart(steps, restart):
+    inputs = random_inputs(2, 2, 21, 5, 7, torch.float32)
+    options = {"steps": steps, "restart": restart}
+
+    def attend(impl):
+        return lambda q, k, z: rdfkern.diffusion_attention(q, k, z, impl=impl, **options)
+
+    found = run_with_gradients(attend("cpu"), inputs)
+    expected = run_with_gradients(attend("reference"), inputs, torch.float64)
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_is_listed_and_explained():

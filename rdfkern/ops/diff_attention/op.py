@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..._backends.autograd import is_recorded
+from ..._backends.autograd import is_recorded, record
 from .flops import register_when_counted
 from .formula import Coefficient, compute_dtype
 from .native_arguments import backward_chunks, kv_tasks
@@ -161,6 +161,43 @@ def diff_attention_varlen(
     return (out, lse[:, 0].mT) if return_lse else out
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    alpha: Coefficient = 1.0,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    key_padding_mask: Tensor | None,
+    window: tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    scale: float,
+    norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+    out_scale: float = 1.0,
+    impl: str,
+) -> Tensor:
+    """norm(alpha softmax(q kᵀ) v) alone: one map of dense (B, H, L, D) or packed (T, H, D)."""
+    options = {
+        "alpha": alpha,
+        "key_padding_mask": key_padding_mask,
+        "is_causal": False,
+        "window": window,
+        "dropout_p": dropout_p,
+        "scale": scale,
+        "norm_weight": norm_weight,
+        "norm_eps": norm_eps,
+        "out_scale": out_scale,
+        "return_lse": False,
+        "impl": impl,
+    }
+    if cu_seqlens is None:
+        return diff_attention(q, k, None, None, v, None, attn_mask=None, **options)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return diff_attention_varlen(q, k, None, None, v, None, *lengths, **options)
+
+
 def _per_row(coefficient: Coefficient, rows: torch.Size, like: Tensor) -> Tensor:
     dtype = compute_dtype(like.dtype)
     if not isinstance(coefficient, Tensor):
@@ -189,7 +226,8 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     if not is_recorded(*tensors):
         return torch.ops.rdfkern.diff_attn_fwd.default(*arguments, needs_grad=False)[:2]
     longest = tensors[1].shape[2] if tensors[13] is None else tensors[13]
-    return _DiffAttention.apply(*arguments, _keeps_o2(impl, tensors[1], tensors[11], longest))
+    keeps_o2 = _keeps_o2(impl, tensors[1], tensors[11], longest)
+    return record(_DiffAttention, *arguments, keeps_o2)
 
 
 def _keeps_o2(impl: str, k: Tensor, cu_seqlens_k: Tensor | None, longest: int) -> bool:

@@ -53,28 +53,23 @@ def temporal_diff_attention(
     """
     following = next_values(v, cu_seqlens, key_padding_mask)
     norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "out_scale": out_scale}
-    no_norm = {"norm_weight": None, "norm_eps": None, "out_scale": 1.0}
     merged = merges(q, k, lam, alpha)
     if merged:
         values = merged_values(v, following, lam, alpha)
     else:
         values = torch.cat([v, following], dim=-1)
-    options = {
-        "alpha": 1.0,
-        "key_padding_mask": key_padding_mask,
-        "is_causal": False,
-        "window": None,
-        "dropout_p": dropout_p,
-        "scale": scale,
-        "return_lse": False,
-        "impl": impl,
-        **(norm if merged else no_norm),
-    }
-    if cu_seqlens is None:
-        out = op.diff_attention(q, k, None, None, values, None, attn_mask=None, **options)
-    else:
-        lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        out = op.diff_attention_varlen(q, k, None, None, values, None, *lengths, **options)
+    out = op.attention(
+        q,
+        k,
+        values,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        impl=impl,
+        **(norm if merged else {}),
+    )
     if merged:
         return out
     return normalise_heads(difference(out, lam, alpha), **norm).to(v.dtype)

@@ -59,7 +59,7 @@ def next_values(v: Tensor, cu_seqlens: Tensor | None, key_padding_mask: Tensor |
     """
     if cu_seqlens is not None:
         present = None if key_padding_mask is None else ~key_padding_mask
-        return _Rows.apply(v, *_steps(cu_seqlens, v.shape[0], present))
+        return _permuted(v, *_steps(cu_seqlens, v.shape[0], present))
     if key_padding_mask is None:
         return v.roll(-1, dims=2)
     batch, length = key_padding_mask.shape
@@ -68,20 +68,31 @@ def next_values(v: Tensor, cu_seqlens: Tensor | None, key_padding_mask: Tensor |
         steps.view(batch, length) - starts[:-1, None]
         for steps in _steps(starts, batch * length, ~key_padding_mask.flatten())
     )
-    return _Rows.apply(v, order, inverse)
+    return _permuted(v, order, inverse)
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """Packed rows (T, H, D) by order (T,), dense ones (B, H, L, D) by (B, L)."""
+    if order.dim() == 1:
+        return x.index_select(0, order)
+    return torch.take_along_dim(x, order[:, None, :, None], dim=2)
+
+
+def _permuted(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    # torch.compile knows no autograd function that also has a forward mode.
+    if torch.compiler.is_compiling():
+        return _rows(x, order)
+    return _Rows.apply(x, order, inverse)
 
 
 class _Rows(torch.autograd.Function):
-    """Rows in another order; gradients by the inverse order, which needs no sums."""
+    """`_rows`, with gradients by the inverse order, which needs no sums."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """Packed rows (T, H, D) by order (T,), dense ones (B, H, L, D) by (B, L)."""
-        if order.dim() == 1:
-            return x.index_select(0, order)
-        return torch.take_along_dim(x, order[:, None, :, None], dim=2)
+        return _rows(x, order)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -18,6 +18,10 @@ from ..._backends.checks import (
     check_window,
 )
 from ..._backends.dispatch import Implementation, Operation, register
+from ..diff_attention.config import triton_reason
+from ..diff_attention.cuda import can_run as cuda_reason
+from ..diff_attention.native import can_run as cpu_reason
+from .fused import reason_of
 
 
 def diffusion_attention(
@@ -145,6 +149,9 @@ OPERATION = register(
         name="diffusion_attention",
         validate=_validate,
         implementations={
+            "triton": Implementation(".ops.diffusion.triton", reason_of(triton_reason)),
+            "cuda": Implementation(".ops.diffusion.cuda", reason_of(cuda_reason)),
+            "cpu": Implementation(".ops.diffusion.native", reason_of(cpu_reason)),
             "torch": Implementation(".ops.diffusion.composed"),
             "reference": Implementation(".ops.diffusion.reference"),
         },

@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..._backends.autograd import is_recorded
+from ..._backends.autograd import is_recorded, record
 from . import attention_gat, bands
 from .bands import EdgeLists
 from .graph import RelationGraph
@@ -145,7 +145,7 @@ def _attend(
     if not is_recorded(value, dst, src, rel):
         operator = torch.ops.rdfkern.relation_attn_fwd.default
         return operator(value, dst, src, rel, list(tensors), seed, *options)[0]
-    return _RelationAttention.apply(value, dst, src, rel, seed, options, *tensors)
+    return record(_RelationAttention, value, dst, src, rel, seed, options, *tensors)
 
 
 class _RelationAttention(torch.autograd.Function):

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..._backends.autograd import is_recorded
+from ..._backends.autograd import is_recorded, record
 from . import bands
 from .bands import EXPLICIT, Bands, EdgeLists
 from .graph import RelationGraph
@@ -101,7 +101,7 @@ def relation_conv(
     inputs = (x_src, weight, root, addend, edge_weight)
     if not is_recorded(*inputs):
         return torch.ops.rdfkern.relation_conv_fwd.default(*inputs, list(tensors), *numbers)
-    return _RelationConv.apply(*inputs, *numbers, *tensors)
+    return record(_RelationConv, *inputs, *numbers, *tensors)
 
 
 class _RelationConv(torch.autograd.Function):

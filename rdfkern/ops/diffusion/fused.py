@@ -1,0 +1,59 @@
+"""Attention diffusion on the kernels of differential attention, with one map per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..._backends.dispatch import Arguments
+from ..diff_attention import op
+
+Reason = Callable[[Arguments | None], str | None]
+
+
+def reason_of(kernels: Reason) -> Reason:
+    """The predicate of the diffusion on kernels whose own predicate is given."""
+
+    def can_run(arguments: Arguments | None) -> str | None:
+        if arguments is None:
+            return kernels(None)
+        return kernels({"q1": arguments["q"], "v": arguments["z0"], "attn_mask": None})
+
+    return can_run
+
+
+def diffusion_attention(
+    q: Tensor,
+    k: Tensor,
+    z0: Tensor,
+    *,
+    steps: int,
+    restart: float,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    window: tuple[int, int] | None,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    """Recompute P inside each step, in the layout of the inputs and without a mask in memory.
+
+    Z is rounded to its dtype by each step and by each mix.
+    """
+    z = z0
+    for _ in range(steps):
+        walked = op.attention(
+            q,
+            k,
+            z,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            key_padding_mask=key_padding_mask,
+            window=window,
+            scale=scale,
+            impl=impl,
+        )
+        z = torch.lerp(walked, z0, restart)
+    return z
