@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import attention_candidates, attention_problem, relation_peers, relation_problem
-from . import temporal_problem as temporal
+from . import one_map_problem as one_map
 from .candidates import Candidate
-from .shapes import AttentionShape, RelationShape, Shape, TemporalShape
+from .shapes import AttentionShape, OneMapShape, RelationShape, Shape
 
 
 class Kind(NamedTuple):
@@ -23,7 +23,7 @@ _KINDS: dict[type, Kind] = {
     AttentionShape: Kind(
         attention_problem.AttentionProblem, attention_candidates.candidates, attention_problem.ours
     ),
-    TemporalShape: Kind(temporal.TemporalProblem, temporal.candidates, temporal.ours),
+    OneMapShape: Kind(one_map.OneMapProblem, one_map.candidates, one_map.ours),
     RelationShape: Kind(
         relation_problem.RelationProblem, relation_peers.candidates, relation_problem.ours
     ),

@@ -69,28 +69,32 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
-class TemporalShape:
-    """A problem of ReDiFu's temporal differential attention.
+class OneMapShape:
+    """A problem with one softmax map: ReDiFu's temporal attention, or attention diffusion.
 
     Attributes:
         name: unique among all shapes.
+        op: `temporal_diff_attention` or `diffusion_attention`.
         group: as in `AttentionShape`.
+        steps: of the diffusion.
         conversations: a kind of `bench.conversations`, whose lengths make a packed batch instead
             of `batch` sequences of `length`.
     """
 
     name: str
     _: KW_ONLY
+    op: str
     group: str
     batch: int = 1
     heads: int = 4
     length: int = 2048
     head_dim: int = 64
     value_dim: int = 64
+    window: tuple[int, int] | None = None
+    steps: int | None = None
     conversations: str | None = None
     dtype: torch.dtype = torch.float32
     directions: tuple[str, ...] = (FORWARD, BOTH)
-    op: str = field(default="temporal_diff_attention", init=False)
 
     def numbers(self) -> dict[str, Any]:
         """What the shape consists of, for reports."""
@@ -98,7 +102,10 @@ class TemporalShape:
             numbers = {"B": self.batch, "L": self.length}
         else:
             numbers = {"lengths": self.conversations}
-        return numbers | {"H": self.heads, "D": self.head_dim, "Dv": self.value_dim}
+        numbers |= {"H": self.heads, "D": self.head_dim, "Dv": self.value_dim}
+        if self.window is not None:
+            numbers["window"] = f"{self.window[0]}+{self.window[1]}"
+        return numbers if self.steps is None else numbers | {"steps": self.steps}
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ class RelationShape:
         return numbers
 
 
-Shape = AttentionShape | TemporalShape | RelationShape
+Shape = AttentionShape | OneMapShape | RelationShape
 
 GROUPS = ("headline", "more", "scale", "gpu", "tiny")
 HEADLINE, MORE, SCALE, GPU, TINY = GROUPS
@@ -193,14 +200,25 @@ ATTENTION_SHAPES = (
     _tiny("tiny-ragged", conversations="few"),
 )
 
-_temporal = partial(TemporalShape, group=HEADLINE)
+_temporal = partial(OneMapShape, op="temporal_diff_attention")
 TEMPORAL_SHAPES = (
-    _temporal("temporal"),
-    _temporal("temporal-ragged", heads=8, conversations="dialogues"),
+    _temporal("temporal", group=HEADLINE),
+    _temporal("temporal-ragged", group=HEADLINE, heads=8, conversations="dialogues"),
     _temporal("gpu-temporal", group=GPU, batch=4, heads=16, length=4096, dtype=HALF),
     _temporal("gpu-temporal-ragged", group=GPU, heads=8, conversations="dialogues", dtype=HALF),
     _temporal("tiny-temporal", group=TINY, heads=2, length=19, head_dim=8, value_dim=16),
     _temporal("tiny-temporal-ragged", group=TINY, heads=2, conversations="few", head_dim=8),
+)
+
+_diffusion = partial(OneMapShape, op="diffusion_attention", steps=4)
+DIFFUSION_SHAPES = (
+    _diffusion("diffusion", group=HEADLINE),
+    _diffusion("diffusion-ragged", group=HEADLINE, conversations="dialogues"),
+    _diffusion("diffusion-windowed", group=MORE, window=(64, 64)),
+    _diffusion("gpu-diffusion", group=GPU, batch=4, heads=16, length=4096, dtype=HALF),
+    _diffusion("gpu-diffusion-ragged", group=GPU, heads=8, conversations="dialogues", dtype=HALF),
+    _diffusion("tiny-diffusion", group=TINY, heads=2, length=19, head_dim=8, window=(4, 2)),
+    _diffusion("tiny-diffusion-ragged", group=TINY, conversations="few", head_dim=16, value_dim=32),
 )
 
 _conv = partial(RelationShape, op="relation_conv")
@@ -244,7 +262,8 @@ RELATION_SHAPES = (
 )
 
 SHAPES: dict[str, Shape] = {
-    shape.name: shape for shape in (*ATTENTION_SHAPES, *TEMPORAL_SHAPES, *RELATION_SHAPES)
+    shape.name: shape
+    for shape in (*ATTENTION_SHAPES, *TEMPORAL_SHAPES, *DIFFUSION_SHAPES, *RELATION_SHAPES)
 }
 
 

@@ -20,6 +20,7 @@ from bench.relation_problem import RelationProblem
 from bench.shapes import (
     ATTENTION_SHAPES,
     BOTH,
+    DIFFUSION_SHAPES,
     FORWARD,
     GROUPS,
     RELATION_SHAPES,
@@ -52,7 +53,8 @@ def test_the_table_holds_the_issue_shapes():
     assert (square.head_dim, square.value_dim, square.dtype) == (64, 128, torch.float32)
     assert replace(square, name="causal", is_causal=True) == SHAPES["causal"]
     assert {shape.group for shape in SHAPES.values()} == set(GROUPS)
-    assert len(SHAPES) == len(ATTENTION_SHAPES) + len(TEMPORAL_SHAPES) + len(RELATION_SHAPES)
+    tables = (ATTENTION_SHAPES, TEMPORAL_SHAPES, DIFFUSION_SHAPES, RELATION_SHAPES)
+    assert len(SHAPES) == sum(map(len, tables))
     assert SHAPES["window-9-speakers"].speakers == 9
     problem = RelationProblem(SHAPES["window-9-speakers"], CPU)
     assert problem.graph.num_relations == 162
@@ -66,6 +68,7 @@ def test_shapes_are_chosen_by_name_and_group():
     assert {shape.op for shape in select("headline")} == {
         "diff_attention",
         "temporal_diff_attention",
+        "diffusion_attention",
         "relation_conv",
         "relation_attention",
     }

@@ -202,6 +202,7 @@ def test_rehearsal_of_the_gpu_command(tmp_path):
     assert operations == {
         "diff_attention",
         "temporal_diff_attention",
+        "diffusion_attention",
         "relation_conv",
         "relation_attention",
         "relation_dot_attention",
