@@ -8,10 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import temporal_diff_attention
+from .. import diffusion_attention, temporal_diff_attention
 from ..nn import DiffTransformerEncoderLayer
-from ..ops.packing import Packing
-from ..ops.sdpa import masked_sdpa
 
 Denoise = Literal["differential", "temporal", "plain", "none"]
 FEEDFORWARD = 2  # width of the feed-forward layers, in units of the network's width
@@ -92,12 +90,10 @@ class SelfAttention(nn.Module):
                 q, k, v, self.lam, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
             )
         else:
-            packing = Packing.from_cu_seqlens(cu_seqlens, rows, max_seqlen)
-            q, k, v = packing.pad(torch.stack([q, k, v], dim=1)).permute(2, 0, 3, 1, 4)
-            visible = packing.valid[:, None, None, :]
-            scale = (width // self.heads) ** -0.5
-            mixed = masked_sdpa(q, k, v, visible=visible, scale=scale)
-            mixed = packing.unpad(mixed.transpose(1, 2))  # [T, H, D / H]
+            # One step of diffusion without a restart.
+            mixed = diffusion_attention(
+                q, k, v, steps=1, restart=0.0, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+            )
         return self.out_proj(mixed.reshape(rows, width))
 
 

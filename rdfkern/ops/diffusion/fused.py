@@ -55,5 +55,5 @@ def diffusion_attention(
             scale=scale,
             impl=impl,
         )
-        z = torch.lerp(walked, z0, restart)
+        z = walked if restart == 0.0 else torch.lerp(walked, z0, restart)
     return z
