@@ -51,3 +51,8 @@ def test_error_budget(case, dtype):
     assert_within_budget(actual, plain, truth, factor=6.0, rms=3.0)
     for name, value in actual.items():
         assert torch.equal(repeated[name], value), name
+
+
+def test_one_map(temporal_dropout, diffusion_of_kernels):
+    temporal_dropout("cuda", DEVICE)
+    diffusion_of_kernels("cuda", DEVICE)
