@@ -76,7 +76,8 @@ class OneMapShape:
         name: unique among all shapes.
         op: `temporal_diff_attention` or `diffusion_attention`.
         group: as in `AttentionShape`.
-        steps: of the diffusion.
+        window: of the diffusion of dense sequences, or None.
+        steps: of the diffusion, where they are needed.
         conversations: a kind of `bench.conversations`, whose lengths make a packed batch instead
             of `batch` sequences of `length`.
     """
@@ -95,6 +96,13 @@ class OneMapShape:
     conversations: str | None = None
     dtype: torch.dtype = torch.float32
     directions: tuple[str, ...] = (FORWARD, BOTH)
+
+    def __post_init__(self) -> None:
+        diffuses = self.op == "diffusion_attention"
+        if diffuses != (self.steps is not None):
+            raise ValueError(f"steps must be given for the diffusion alone, got {self.steps}")
+        if self.window is not None and (not diffuses or self.conversations is not None):
+            raise ValueError(f"window is for the diffusion of dense sequences, got {self.window}")
 
     def numbers(self) -> dict[str, Any]:
         """What the shape consists of, for reports."""

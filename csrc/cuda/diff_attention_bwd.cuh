@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             problem, sequence, place.head, place.first + row, key + column, memory.terms, row,
             memory.tiles[0][row][column], memory.tiles[1][row][column],
             memory.tiles[2][row][column]);
-        for (int map = 0; map < MAPS; ++map) memory.tiles[map][row][column] = derivative.scores[map];
+        for (int map = 0; map < MAPS; ++map)
+          memory.tiles[map][row][column] = derivative.scores[map];
         memory.dalpha[row][x] += derivative.alpha;
       });
 #pragma unroll
@@ -229,7 +230,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             problem, sequence, head, query + column, place.first + row, memory.terms, column,
             memory.tiles[0][row][column], memory.tiles[1][row][column],
             memory.tiles[2][row][column]);
-        for (int map = 0; map < MAPS; ++map) memory.tiles[map][row][column] = derivative.scores[map];
+        for (int map = 0; map < MAPS; ++map)
+          memory.tiles[map][row][column] = derivative.scores[map];
         memory.tiles[2][row][column] = derivative.applied;
       });
       load_whole<VALUE_WIDTH>(queries_of(gradients.grad_o, problem.value_dim), memory.stage);

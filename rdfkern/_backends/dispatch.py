@@ -92,6 +92,13 @@ class Operation:
         return _imported[module, self.name](**arguments)
 
 
+def translated(
+    can_run: Callable[[Arguments | None], str | None], translate: Callable[[Arguments], Arguments]
+) -> Callable[[Arguments | None], str | None]:
+    """The predicate of an operation on the kernels of another; `translate` makes its arguments."""
+    return lambda arguments: can_run(None if arguments is None else translate(arguments))
+
+
 OPERATIONS: dict[str, Operation] = {}
 
 

@@ -144,10 +144,11 @@ def test_one_map_needs_no_more_than_two(architecture, kernel, head_dim, value_di
     assert found["dots"] >= DOTS_OF_ONE_MAP[kernel]
     assert found["tensor_core_instructions"] >= found["dots"]
     assert found["instruction"] == gate["instruction"]
-    # The compiler for sm_100 spills two registers of `keys` at (128, 256), here and not there.
-    found["spilled"] = max(0, found["spilled"] - 8 * (architecture == "sm_100"))
     for resource in LIMITS[architecture]:
-        assert found[resource] <= gate[resource], resource
+        allowed = gate[resource]
+        if (architecture, kernel, head_dim, resource) == ("sm_100", "keys", 128, "spilled"):
+            allowed += 8  # two registers, which the compiler keeps where there are two maps
+        assert found[resource] <= allowed, resource
 
 
 def meta(*shape, dtype):

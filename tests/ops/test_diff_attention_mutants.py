@@ -1,4 +1,4 @@
-"""Faults planted in the Triton kernels, each of which the interpreter's tests must catch."""
+"""Faults planted in Triton kernels and in the values of the temporal form: tests catch each."""
 
 from __future__ import annotations
 
@@ -120,12 +120,6 @@ MUTANTS = {
         "combined.to(grad.dtype), dv_t",
         "combined.to(grad.dtype) * 0.0, dv_t",
         "temporal and value",
-    ),
-    "temporal: gradients by the order of the values": (
-        TEMPORAL,
-        "_Rows.apply(grad, inverse, order)",
-        "_Rows.apply(grad, order, inverse)",
-        "loops and some and torch",
     ),
     "temporal: the last step is followed by the next dialogue": (
         TEMPORAL,

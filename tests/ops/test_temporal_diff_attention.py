@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rdfkern
-from rdfkern.ops.diff_attention.temporal import reason_of
+from rdfkern.ops.diff_attention.temporal import kernel_arguments
 from rdfkern.ops.diff_attention.temporal_values import next_values
 from rdfkern.testing import assert_within_budget
 
@@ -374,22 +374,24 @@ def test_values_of_the_next_step(padding, packed):
 
 
 def test_coefficients_of_queries_double_the_width_of_the_values():
-    reason = reason_of(lambda arguments: str(arguments["v"].shape[-1]))
+    def width_of(arguments):
+        return kernel_arguments(arguments)["v"].shape[-1]
+
     q, k = torch.zeros(1, 4, 6, 2), torch.zeros(1, 2, 6, 2)
     for lam, alpha, width in (
-        (0.5, 1.0, "2"),
-        (torch.zeros(()), torch.zeros(1, 1, 1), "2"),
-        (torch.zeros(4, 1), 1.0, "4"),  # two heads of queries share their values
-        (0.5, torch.zeros(1, 6), "4"),
+        (0.5, 1.0, 2),
+        (torch.zeros(()), torch.zeros(1, 1, 1), 2),
+        (torch.zeros(4, 1), 1.0, 4),  # two heads of queries share their values
+        (0.5, torch.zeros(1, 6), 4),
     ):
         arguments = {"q": q, "k": k, "v": k, "lam": lam, "alpha": alpha}
-        assert reason(arguments) == width
+        assert width_of(arguments) == width
         packed = {n: x[0].transpose(0, 1) for n, x in arguments.items() if n in "qkv"}
         if isinstance(lam, torch.Tensor) and lam.shape == (4, 1):
             lam = lam[:, 0]
         if isinstance(alpha, torch.Tensor):
             alpha = alpha.reshape(-1, 1)
-        assert reason(packed | {"lam": lam, "alpha": alpha}) == width
+        assert width_of(packed | {"lam": lam, "alpha": alpha}) == width
 
 
 @pytest.mark.parametrize("impl", IMPLS)

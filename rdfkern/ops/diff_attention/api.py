@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..._backends.autocast import without_autocast
-from ..._backends.dispatch import Implementation, Operation, register
+from ..._backends.dispatch import Implementation, Operation, register, translated
 from .arguments import dense_arguments, temporal_arguments, varlen_arguments
 from .config import triton_reason
 from .cuda import can_run as cuda_reason
 from .native import can_run as cpu_reason
-from .temporal import reason_of
+from .temporal import kernel_arguments
 
 
 def diff_attention(
@@ -266,7 +266,8 @@ FUSED = {
 DENSE = register(Operation("diff_attention", dense_arguments, FUSED | IMPLEMENTATIONS))
 VARLEN = register(Operation("diff_attention_varlen", varlen_arguments, FUSED | IMPLEMENTATIONS))
 SHIFTED = {
-    name: Implementation(fused.module, reason_of(fused.can_run)) for name, fused in FUSED.items()
+    name: Implementation(fused.module, translated(fused.can_run, kernel_arguments))
+    for name, fused in FUSED.items()
 }
 TEMPORAL = register(
     Operation("temporal_diff_attention", temporal_arguments, SHIFTED | IMPLEMENTATIONS)

@@ -17,7 +17,7 @@ from .formula import (
     split_mask,
     visible_keys,
 )
-from .temporal_values import difference, merged_values, merges, next_values
+from .temporal_values import difference, mapped_values
 
 
 def diff_attention(
@@ -180,12 +180,7 @@ def temporal_diff_attention(
 ) -> Tensor:
     """One call of SDPA, of alpha · V - lam · next(V) or of V and next(V) side by side."""
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    following = next_values(v, cu_seqlens, key_padding_mask)
-    merged = merges(q, k, lam, alpha)
-    if merged:
-        values = merged_values(v, following, lam, alpha)
-    else:
-        values = torch.cat([v, following], dim=-1)
+    values, merged = mapped_values(q, k, v, lam, alpha, cu_seqlens, key_padding_mask)
     packing = None
     present = None if key_padding_mask is None else ~key_padding_mask  # [B, L] or [T]
     if cu_seqlens is not None:

@@ -166,7 +166,6 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    alpha: Coefficient = 1.0,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     key_padding_mask: Tensor | None,
@@ -178,9 +177,9 @@ def attention(
     out_scale: float = 1.0,
     impl: str,
 ) -> Tensor:
-    """norm(alpha softmax(q kᵀ) v) alone: one map of dense (B, H, L, D) or packed (T, H, D)."""
+    """norm(softmax(q kᵀ) v) alone: one map of dense (B, H, L, D) or packed (T, H, D)."""
     options = {
-        "alpha": alpha,
+        "alpha": 1.0,
         "key_padding_mask": key_padding_mask,
         "is_causal": False,
         "window": window,

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from ..._backends.dispatch import Arguments
 from . import op
 from .formula import Coefficient, normalise_heads
-from .temporal_values import difference, merged_values, merges, next_values
-
-Reason = Callable[[Arguments | None], str | None]
+from .temporal_values import difference, mapped_values, merges
 
 
-def reason_of(kernels: Reason) -> Reason:
-    """The predicate of the temporal form on kernels whose own predicate is given."""
-
-    def can_run(arguments: Arguments | None) -> str | None:
-        if arguments is None:
-            return kernels(None)
-        q, k, v = (arguments[name] for name in ("q", "k", "v"))
-        if not merges(q, k, arguments["lam"], arguments["alpha"]):
-            v = v[..., :1].expand(*v.shape[:-1], 2 * v.shape[-1])  # as wide as the kernels' values
-        return kernels({"q1": q, "v": v, "attn_mask": None})
-
-    return can_run
+def kernel_arguments(arguments: Arguments) -> Arguments:
+    """What the predicates of kernels ask about, with values as wide as the kernels get them."""
+    q, k, v = (arguments[name] for name in ("q", "k", "v"))
+    if not merges(q, k, arguments["lam"], arguments["alpha"]):
+        v = v[..., :1].expand(*v.shape[:-1], 2 * v.shape[-1])
+    return {"q1": q, "v": v, "attn_mask": None}
 
 
 def temporal_diff_attention(
@@ -51,13 +40,8 @@ def temporal_diff_attention(
     Where a coefficient differs between queries that share their values, it is applied to V and
     next(V) side by side, and the difference is taken of what comes out.
     """
-    following = next_values(v, cu_seqlens, key_padding_mask)
+    values, merged = mapped_values(q, k, v, lam, alpha, cu_seqlens, key_padding_mask)
     norm = {"norm_weight": norm_weight, "norm_eps": norm_eps, "out_scale": out_scale}
-    merged = merges(q, k, lam, alpha)
-    if merged:
-        values = merged_values(v, following, lam, alpha)
-    else:
-        values = torch.cat([v, following], dim=-1)
     out = op.attention(
         q,
         k,

@@ -10,11 +10,8 @@ where all queries that share their values share lam and alpha as well.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .formula import Coefficient, compute_dtype, per_row
 
@@ -30,8 +27,22 @@ def merges(q: Tensor, k: Tensor, *coefficients: Coefficient) -> bool:
     return True
 
 
-def merged_values(v: Tensor, following: Tensor, lam: Coefficient, alpha: Coefficient) -> Tensor:
-    """alpha · V - lam · next(V), rounded once."""
+def mapped_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Coefficient,
+    alpha: Coefficient,
+    cu_seqlens: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, bool]:
+    """What A1 is applied to: alpha · V - lam · next(V), rounded once, and True.
+
+    Where they do not merge: V and next(V) side by side, and False; see `difference`.
+    """
+    following = next_values(v, cu_seqlens, key_padding_mask)
+    if not merges(q, k, lam, alpha):
+        return torch.cat([v, following], dim=-1), False
     compute = compute_dtype(v.dtype)
     values, following = v.to(compute), following.to(compute)
     if isinstance(alpha, Tensor) or alpha != 1.0:
@@ -40,7 +51,7 @@ def merged_values(v: Tensor, following: Tensor, lam: Coefficient, alpha: Coeffic
         values = torch.addcmul(values, per_row(lam, compute), following, value=-1)
     else:
         values = torch.sub(values, following, alpha=lam)
-    return values.to(v.dtype)
+    return values.to(v.dtype), True
 
 
 def difference(both: Tensor, lam: Coefficient, alpha: Coefficient) -> Tensor:
@@ -59,74 +70,29 @@ def next_values(v: Tensor, cu_seqlens: Tensor | None, key_padding_mask: Tensor |
     """
     if cu_seqlens is not None:
         present = None if key_padding_mask is None else ~key_padding_mask
-        return _permuted(v, *_steps(cu_seqlens, v.shape[0], present))
+        return v.index_select(0, _next_steps(cu_seqlens, v.shape[0], present))
     if key_padding_mask is None:
         return v.roll(-1, dims=2)
     batch, length = key_padding_mask.shape
     starts = torch.arange(batch + 1, device=v.device) * length
-    order, inverse = (
-        steps.view(batch, length) - starts[:-1, None]
-        for steps in _steps(starts, batch * length, ~key_padding_mask.flatten())
-    )
-    return _permuted(v, order, inverse)
+    steps = _next_steps(starts, batch * length, ~key_padding_mask.flatten())
+    steps = steps.view(batch, length) - starts[:-1, None]  # [B, L]
+    return torch.take_along_dim(v, steps[:, None, :, None], dim=2)
 
 
-def _rows(x: Tensor, order: Tensor) -> Tensor:
-    """Packed rows (T, H, D) by order (T,), dense ones (B, H, L, D) by (B, L)."""
-    if order.dim() == 1:
-        return x.index_select(0, order)
-    return torch.take_along_dim(x, order[:, None, :, None], dim=2)
+def _next_steps(cu_seqlens: Tensor, total: int, present: Tensor | None) -> Tensor:
+    """(T,) row of the present step after each row in its dialogue, the last one's being the first.
 
-
-def _permuted(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    # torch.compile knows no autograd function that also has a forward mode.
-    if torch.compiler.is_compiling():
-        return _rows(x, order)
-    return _Rows.apply(x, order, inverse)
-
-
-class _Rows(torch.autograd.Function):
-    """`_rows`, with gradients by the inverse order, which needs no sums."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return _rows(x, order)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, order, inverse = inputs
-        ctx.save_for_backward(order, inverse)
-        ctx.save_for_forward(order, inverse)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Rows.apply(grad, inverse, order), None, None
-
-    @staticmethod
-    def jvp(ctx: FunctionCtx, tangent: Tensor, *_: Any) -> Tensor:
-        return _Rows.apply(tangent, *ctx.saved_tensors)
-
-
-def _steps(cu_seqlens: Tensor, total: int, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(T,) row of the present step after each row in its dialogue, and the inverse order.
-
-    The last one's is the first one; a row that is absent stands for itself.
+    A row that is absent stands for itself.
     """
     starts = cu_seqlens.to(torch.int64)
     row = torch.arange(total, device=starts.device)
     dialogue = torch.searchsorted(starts[1:], row, right=True)  # [T]
     first, end = starts[dialogue], starts[dialogue + 1]
     if present is None:
-        following = torch.where(row + 1 == end, first, row + 1)
-    else:
-        in_order = torch.argsort(~present, stable=True)  # present rows first, in order
-        counted = torch.cat(
-            [starts.new_zeros(1), present.cumsum(0)]
-        )  # present rows before each row
-        rank = counted[1:]  # of the next one, if it is of this dialogue
-        rank = torch.where(rank < counted[end], rank, counted[first])
-        following = torch.where(present, in_order[rank.clamp(max=total - 1)], row)
-    return following, torch.empty_like(row).scatter(0, following, row)
+        return torch.where(row + 1 == end, first, row + 1)
+    in_order = torch.argsort(~present, stable=True)  # present rows first, in order
+    counted = torch.cat([starts.new_zeros(1), present.cumsum(0)])  # present rows before each row
+    rank = counted[1:]  # of the next one, if it is of this dialogue
+    rank = torch.where(rank < counted[end], rank, counted[first])
+    return torch.where(present, in_order[rank.clamp(max=total - 1)], row)

@@ -17,11 +17,9 @@ from ..._backends.checks import (
     check_shape,
     check_window,
 )
-from ..._backends.dispatch import Implementation, Operation, register
-from ..diff_attention.config import triton_reason
-from ..diff_attention.cuda import can_run as cuda_reason
-from ..diff_attention.native import can_run as cpu_reason
-from .fused import reason_of
+from ..._backends.dispatch import Implementation, Operation, register, translated
+from ..diff_attention.api import FUSED
+from .fused import kernel_arguments
 
 
 def diffusion_attention(
@@ -144,14 +142,19 @@ def _check_shapes(q: Tensor, k: Tensor, z0: Tensor, packed: bool) -> None:
     check_shape("z0", z0, (*q.shape[:-1], None), spelled.replace("D", "Dz"))
 
 
+MODULES = {"triton": "triton", "cuda": "cuda", "cpu": "native"}
+KERNELS = {
+    name: Implementation(
+        f".ops.diffusion.{module}", translated(FUSED[name].can_run, kernel_arguments)
+    )
+    for name, module in MODULES.items()
+}
 OPERATION = register(
     Operation(
         name="diffusion_attention",
         validate=_validate,
         implementations={
-            "triton": Implementation(".ops.diffusion.triton", reason_of(triton_reason)),
-            "cuda": Implementation(".ops.diffusion.cuda", reason_of(cuda_reason)),
-            "cpu": Implementation(".ops.diffusion.native", reason_of(cpu_reason)),
+            **KERNELS,
             "torch": Implementation(".ops.diffusion.composed"),
             "reference": Implementation(".ops.diffusion.reference"),
         },

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..._backends.dispatch import Arguments
 from ..diff_attention import op
 
-Reason = Callable[[Arguments | None], str | None]
 
-
-def reason_of(kernels: Reason) -> Reason:
-    """The predicate of the diffusion on kernels whose own predicate is given."""
-
-    def can_run(arguments: Arguments | None) -> str | None:
-        if arguments is None:
-            return kernels(None)
-        return kernels({"q1": arguments["q"], "v": arguments["z0"], "attn_mask": None})
-
-    return can_run
+def kernel_arguments(arguments: Arguments) -> Arguments:
+    """What the predicates of kernels ask about."""
+    return {"q1": arguments["q"], "v": arguments["z0"], "attn_mask": None}
 
 
 def diffusion_attention(
@@ -55,5 +45,5 @@ def diffusion_attention(
             scale=scale,
             impl=impl,
         )
-        z = walked if restart == 0.0 else torch.lerp(walked, z0, restart)
+        z = torch.lerp(walked, z0, restart)
     return z
