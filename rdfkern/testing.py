@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,3 +57,18 @@ def assert_within_budget(
         for what, times, norm in rules:
             error, budget = norm(errors), times * (norm(plain_errors) + epsilon * norm(exact))
             assert error <= budget, f"{name}: {what} error {error:.3e} exceeds {budget:.3e}"
+
+
+def worst_of(*runs: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of several runs of the same formula in plain torch, each tensor with the largest error.
+
+    Where sums nearly cancel, or where everything fits into the dtype, one way to write the formula
+    can be right by luck.
+    """
+
+    def error(name: str, value: Tensor) -> float:
+        finite = truth[name].isfinite()
+        differences = value[finite].double() - truth[name][finite].double()
+        return float(differences.abs().max()) if finite.any() else 0.0
+
+    return {name: max((run[name] for run in runs), key=partial(error, name)) for name in truth}

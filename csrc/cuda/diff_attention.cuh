@@ -59,6 +59,7 @@ struct Problem {
             cu_seqlens_k[index + 1] - cu_seqlens_k[index]};
   }
   __device__ int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
+  __device__ bool tensor_cores() const { return fits_tensor_cores(v.kind); }
   __device__ bool has_norm() const { return norm_eps >= 0; }
   __device__ bool has_bias() const { return mask.data && mask.kind != Kind::kBool; }
   // Not quite 0 for a scale of 0, which would make NaN of a hidden key's -inf.

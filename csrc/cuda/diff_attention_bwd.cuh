@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Place place(problem, problem.heads, tiles, ROWS);
   const Sequence& sequence = place.sequence;
   if (place.first >= sequence.queries) return;
+  const bool tensor_cores = problem.tensor_cores();
   const int count = min(ROWS, sequence.queries - place.first);
   const int x = thread_x(), y = thread_y();
   auto queries_of = [&](const Rows& rows, int width) {
@@ -110,8 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   memory.terms.load(problem, gradients, sequence, place.head, place.first);
   for (int row = y; row < ROWS; row += kSide) memory.dalpha[row][x] = 0.0f;
-  float dq[MAPS][1][ROWS / kSide][WIDTH / kSide] = {}, ones[1][ROWS / kSide];
-  for (float& one : ones[0]) one = 1.0f;
+  Sums<ROWS, WIDTH> dq[MAPS][1];
   const int begin = problem.first_seen(sequence, place.first);
   const int end = problem.end_seen(sequence, place.first + count - 1);
   __syncthreads();
@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int part = 0; compute && part < 3; part += 3 - MAPS) {
         const int width = part < 2 ? problem.head_dim : problem.value_dim;
-        multiply<ROWS, WIDTH>(queries_of(part < 2 ? problem.q[part] : gradients.grad_o, width),
-                              keys_of(part < 2 ? problem.k[part] : problem.v, width),
-                              memory.stage, memory.tiles[part]);
+        multiply(queries_of(part < 2 ? problem.q[part] : gradients.grad_o, width),
+                 keys_of(part < 2 ? problem.k[part] : problem.v, width), tensor_cores,
+                 memory.stage, memory.tiles[part]);
         if (part == 2) break;
         for_own_elements<ROWS>([&](int row, int column) {
           float& score = memory.tiles[part][row][column];
@@ -155,14 +155,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       });
 #pragma unroll
       for (int map = 0; map < MAPS; ++map) {
-        load_whole<WIDTH>(keys_of(problem.k[map], problem.head_dim), memory.stage);
-        add_product<ROWS, WIDTH, 1>(&memory.tiles[map], memory.stage, ones, dq[map]);
+        load_whole<WIDTH>(keys_of(problem.k[map], problem.head_dim), tensor_cores, memory.stage);
+        add_product(&memory.tiles[map], memory.stage, tensor_cores, dq[map]);
       }
     }
   }
 #pragma unroll
   for (int map = 0; map < MAPS; ++map)
-    write_sums<WIDTH>(dq[map][0], memory.stage, queries_of(gradients.q[map], problem.head_dim));
+    write_sums(dq[map][0], memory.stage, queries_of(gradients.q[map], problem.head_dim));
 #pragma unroll 1
   for (int row = y; row < ROWS; row += kSide) {
     const float dalpha = sum_of_row(memory.dalpha[row][x]);
@@ -189,13 +189,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Place place(problem, problem.kv_heads, tiles, ROWS);
   const Sequence& sequence = place.sequence;
   if (place.first >= sequence.keys) return;
+  const bool tensor_cores = problem.tensor_cores();
   const int count = min(ROWS, sequence.keys - place.first);
   auto keys_of = [&](const Rows& rows, int width) {
     return Strip{rows, sequence.batch, place.head, sequence.first_key + place.first, count, width};
   };
-  float dk[MAPS][1][ROWS / kSide][HEAD_WIDTH / kSide] = {};
-  float dv[1][ROWS / kSide][VALUE_WIDTH / kSide] = {}, ones[1][ROWS / kSide];
-  for (float& one : ones[0]) one = 1.0f;
+  Sums<ROWS, HEAD_WIDTH> dk[MAPS][1];
+  Sums<ROWS, VALUE_WIDTH> dv[1];
   const int64_t aligned = int64_t(place.first) + sequence.queries - sequence.keys;
   const int begin = problem.right < 0 ? 0 : int(max(aligned - problem.right, int64_t(0)));
   const int end = problem.left < 0 ? sequence.queries
@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int part = 0; part < 3; part += 3 - MAPS) {
         const int width = part < 2 ? problem.head_dim : problem.value_dim;
-        multiply<ROWS, WIDTH>(keys_of(part < 2 ? problem.k[part] : problem.v, width),
-                              queries_of(part < 2 ? problem.q[part] : gradients.grad_o, width),
-                              memory.stage, memory.tiles[part]);
+        multiply(keys_of(part < 2 ? problem.k[part] : problem.v, width),
+                 queries_of(part < 2 ? problem.q[part] : gradients.grad_o, width),
+                 tensor_cores, memory.stage, memory.tiles[part]);
         if (part == 2) break;
         for_own_elements<ROWS>([&](int row, int column) {
           float& score = memory.tiles[part][row][column];
@@ -234,18 +234,20 @@ __global__ void __launch_bounds__(kThreads, 1)
           memory.tiles[map][row][column] = derivative.scores[map];
         memory.tiles[2][row][column] = derivative.applied;
       });
-      load_whole<VALUE_WIDTH>(queries_of(gradients.grad_o, problem.value_dim), memory.stage);
-      add_product<ROWS, VALUE_WIDTH, 1>(&memory.tiles[2], memory.stage, ones, dv);
+      load_whole<VALUE_WIDTH>(queries_of(gradients.grad_o, problem.value_dim), tensor_cores,
+                              memory.stage);
+      add_product(&memory.tiles[2], memory.stage, tensor_cores, dv);
 #pragma unroll
       for (int map = 0; map < MAPS; ++map) {
-        load_whole<HEAD_WIDTH>(queries_of(problem.q[map], problem.head_dim), memory.stage);
-        add_product<ROWS, HEAD_WIDTH, 1>(&memory.tiles[map], memory.stage, ones, dk[map]);
+        load_whole<HEAD_WIDTH>(queries_of(problem.q[map], problem.head_dim), tensor_cores,
+                               memory.stage);
+        add_product(&memory.tiles[map], memory.stage, tensor_cores, dk[map]);
       }
     }
 #pragma unroll
   for (int map = 0; map < MAPS; ++map)
-    write_sums<HEAD_WIDTH>(dk[map][0], memory.stage, keys_of(gradients.k[map], problem.head_dim));
-  write_sums<VALUE_WIDTH>(dv[0], memory.stage, keys_of(gradients.v, problem.value_dim));
+    write_sums(dk[map][0], memory.stage, keys_of(gradients.k[map], problem.head_dim));
+  write_sums(dv[0], memory.stage, keys_of(gradients.v, problem.value_dim));
 }
 
 }  // namespace rdfkern

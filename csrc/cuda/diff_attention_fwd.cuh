@@ -15,16 +15,16 @@ template <int ROWS, int WIDTH, int MAPS>
 struct ForwardMemory {
   Tile<ROWS> weights[MAPS];
   Stage<ROWS, WIDTH> stage;
-  float top[MAPS][ROWS], total[MAPS][ROWS];
+  float top[MAPS][ROWS], total[MAPS][ROWS], rescale[MAPS][ROWS];
 };
 
 // Running maxima and sums of the rows of one thread; a sum covers the thread's own columns only.
 template <int ROWS, int MAPS>
 struct Softmax {
-  float top[MAPS][ROWS / kSide], total[MAPS][ROWS / kSide], rescale[MAPS][ROWS / kSide];
+  float top[MAPS][ROWS / kSide], total[MAPS][ROWS / kSide];
 
   // scores become exp2(factor * (scores - top)); rescale is what earlier products shrink by.
-  __device__ void update(Tile<ROWS> (&tiles)[MAPS], float factor) {
+  __device__ void update(Tile<ROWS> (&tiles)[MAPS], float factor, float (&rescale)[MAPS][ROWS]) {
     const int x = thread_x(), y = thread_y();
 #pragma unroll
     for (int map = 0; map < MAPS; ++map)
@@ -36,7 +36,8 @@ struct Softmax {
         for (int j = 1; j < kColumnSums; ++j) highest = fmaxf(highest, scores[kSide * j]);
         highest = fmaxf(top[map][i], maximum_of_row(highest));
         const float base = highest == -kInfinity ? 0.0f : highest;
-        rescale[map][i] = exp2f((top[map][i] - base) * factor);
+        const float shrink = exp2f((top[map][i] - base) * factor);
+        if (x == 0) rescale[map][y + kSide * i] = shrink;
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kColumnSums; ++j) {
@@ -44,7 +45,7 @@ struct Softmax {
           scores[kSide * j] = weight;
           sum += weight;
         }
-        total[map][i] = fmaf(total[map][i], rescale[map][i], sum);
+        total[map][i] = fmaf(total[map][i], shrink, sum);
         top[map][i] = highest;
       }
   }
@@ -54,13 +55,17 @@ struct Softmax {
 template <int ROWS, int WIDTH, int MAPS>
 __device__ inline void write_rows(const Problem& problem, const Place& place,
                                   const Outputs& outputs, const Softmax<ROWS, MAPS>& softmax,
-                                  float (&products)[MAPS][ROWS / kSide][WIDTH / kSide],
+                                  const Sums<ROWS, WIDTH> (&products)[MAPS],
                                   ForwardMemory<ROWS, WIDTH, MAPS>& memory) {
   const Sequence& sequence = place.sequence;
   const int x = thread_x(), y = thread_y();
-  __syncthreads();
 #pragma unroll
   for (int i = 0; i < ROWS / kSide; ++i) {
+    __syncthreads();
+#pragma unroll
+    for (int map = 0; map < MAPS; ++map)
+      stage_rows(products[map], kSide * i, kSide * map, memory.stage);
+    __syncthreads();
     const int query = place.first + y + kSide * i;
     const bool exists = query < sequence.queries;
     const int64_t row = sequence.first_query + (exists ? query : 0);
@@ -81,14 +86,11 @@ __device__ inline void write_rows(const Problem& problem, const Place& place,
     float* const second = memory.stage.whole[kSide + y];
 #pragma unroll
     for (int n = 0; n < WIDTH / kSide; ++n) {
-      float o = products[0][i][n] * alpha;
-      if constexpr (MAPS == 2) {
-        const float o2 = products[1][i][n] * inverse[1];
-        o -= o2 * lam;
-        second[x + kSide * n] = o2;
-      }
+      const int d = x + kSide * n;
+      float o = first[d] * alpha;
+      if constexpr (MAPS == 2) o -= (second[d] *= inverse[1]) * lam;
       squares = fmaf(o, o, squares);
-      first[x + kSide * n] = o;
+      first[d] = o;
     }
     squares = sum_of_row(squares);
     const float factor = problem.out_scale / sqrtf(squares / problem.value_dim + problem.norm_eps);
@@ -125,9 +127,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Place place(problem, problem.heads, tiles, ROWS);
   const Sequence& sequence = place.sequence;
   if (place.first >= sequence.queries) return;
+  const bool tensor_cores = problem.tensor_cores();
   const int count = min(ROWS, sequence.queries - place.first);
   Softmax<ROWS, MAPS> softmax;
-  float products[MAPS][ROWS / kSide][WIDTH / kSide] = {};
+  Sums<ROWS, WIDTH> products[MAPS];
 #pragma unroll
   for (int map = 0; map < MAPS; ++map)
 #pragma unroll
@@ -146,14 +149,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int map = 0; map < MAPS; ++map) {
       const Strip queries{problem.q[map], sequence.batch, place.head,
                           sequence.first_query + place.first, count, problem.head_dim};
-      multiply<ROWS, WIDTH>(queries, keys_of(problem.k[map], problem.head_dim), memory.stage,
-                            memory.weights[map]);
+      multiply(queries, keys_of(problem.k[map], problem.head_dim), tensor_cores, memory.stage,
+               memory.weights[map]);
       for_own_elements<ROWS>([&](int row, int column) {
         float& score = memory.weights[map][row][column];
         score = problem.score(sequence, place.head, place.first + row, key + column, score);
       });
     }
-    softmax.update(memory.weights, problem.factor());
+    softmax.update(memory.weights, problem.factor(), memory.rescale);
     if (problem.dropout.probability > 0)
       for_own_elements<ROWS>([&](int row, int column) {
         float kept[2];
@@ -161,8 +164,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                                 place.first + row, key + column, kept);
         for (int map = 0; map < MAPS; ++map) memory.weights[map][row][column] *= kept[map];
       });
-    load_whole<WIDTH>(keys_of(problem.v, problem.value_dim), memory.stage);
-    add_product<ROWS, WIDTH, MAPS>(memory.weights, memory.stage, softmax.rescale, products);
+    load_whole<WIDTH>(keys_of(problem.v, problem.value_dim), tensor_cores, memory.stage);
+#pragma unroll
+    for (int map = 0; map < MAPS; ++map) products[map].scale(memory.rescale[map]);
+    add_product(memory.weights, memory.stage, tensor_cores, products);
   }
   write_rows<ROWS, WIDTH, MAPS>(problem, place, outputs, softmax, products, memory);
 }

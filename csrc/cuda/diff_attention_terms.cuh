@@ -92,7 +92,6 @@ __device__ inline Derivative differentiate(const Problem& problem, const Sequenc
   return derivative;
 }
 
-constexpr int kWarps = kThreads / 32;
 constexpr int kRowsPerBlock = 64;
 constexpr int kMaxWidth = 256;
 

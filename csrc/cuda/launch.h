@@ -16,8 +16,8 @@ namespace rdfkern {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What every architecture since sm_75 gives a block without being asked.
-constexpr size_t kSharedMemory = 48 * 1024;
+// What every architecture since sm_75 gives a block, unasked and asked for.
+constexpr size_t kSharedMemory = 48 * 1024, kMaxSharedMemory = 64 * 1024;
 
 inline Kind kind_of(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
@@ -59,19 +59,25 @@ class Launcher {
   template <class Layout, class... Parameters>
   void run(void (*kernel)(Parameters...), int64_t blocks,
            const std::type_identity_t<Parameters>&... arguments) const {
-    static_assert(sizeof(Layout) <= kSharedMemory);
+    static_assert(sizeof(Layout) <= kMaxSharedMemory);
     STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many blocks for one launch");
     if (blocks == 0) return;
+    if (sizeof(Layout) > kSharedMemory)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 sizeof(Layout)));
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = sizeof(Layout);
     config.stream = stream_;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    STD_TORCH_CHECK(error == cudaSuccess, "launch failed: ", cudaGetErrorString(error));
+    check(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
  private:
+  static void check(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "launch failed: ", cudaGetErrorString(error));
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };

@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int block = blockIdx.x / parts % given.blocks;
   const int64_t first_row = int64_t(blockIdx.x / parts / given.blocks) * kTileRows;
   const Rows weight = from_column(given.weight, first_column);
-  const float keep[1][kTileRows / kSide] = {{1.0f, 1.0f}};
-  float sums[1][kTileRows / kSide][WIDTH / kSide] = {};
+  const bool tensor_cores = fits_tensor_cores(weight.kind);
+  Sums<kTileRows, WIDTH> sums[1];
   memory.walk.start(view, first_row);
 #pragma unroll 1
   for (int relation = memory.walk.lowest(); relation != kNoRelation;
@@ -137,29 +137,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int start = 0; start < width; start += kColumns) {
         load_whole<WIDTH>(Strip{weight, relation, block, first + start,
                                 min(kColumns, width - start), given.width_out - first_column},
-                          memory.stage);
-        add_product<kTileRows, WIDTH, 1>(&memory.z[start / kColumns], memory.stage, keep, sums);
+                          tensor_cores, memory.stage);
+        add_product(&memory.z[start / kColumns], memory.stage, tensor_cores, sums);
       }
       __syncthreads();
     }
     memory.walk.advance(view, first_row, relation);
   }
-#pragma unroll
-  for (int i = 0; i < kTileRows / kSide; ++i) {
-    const int64_t row = first_row + thread_y() + kSide * i;
-    if (row >= view.rows) continue;
-    const int64_t node = view.node(row);
-#pragma unroll
-    for (int n = 0; n < WIDTH / kSide; ++n) {
-      const int column = first_column + thread_x() + kSide * n;
-      if (column >= given.width_out) continue;
-      const int64_t at = int64_t(block) * given.width_out + column;
-      float value = sums[0][i][n];
-      if (given.addend.data)
-        value += read(given.addend.data, given.addend.kind, node * given.addend.row_stride + at);
-      write(given.out.data, given.out.kind, node * given.out.row_stride + at, value);
-    }
-  }
+  sums[0].for_each([&](int local, int column, float sum) {
+    if (first_row + local >= view.rows || first_column + column >= given.width_out) return;
+    const int64_t node = view.node(first_row + local);
+    const int64_t at = int64_t(block) * given.width_out + first_column + column;
+    if (given.addend.data)
+      sum += read(given.addend.data, given.addend.kind, node * given.addend.row_stride + at);
+    write(given.out.data, given.out.kind, node * given.out.row_stride + at, sum);
+  });
 }
 
 // Partial sums of dweight: a block has a square of one relation's matrix, and every chunks-th tile.
@@ -176,8 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int block = matrix % given.blocks;
   const int relation = matrix / given.blocks % given.relations;
   const int chunk = matrix / given.blocks / given.relations;
-  const float keep[1][kGradientSide / kSide] = {{1.0f, 1.0f, 1.0f, 1.0f}};
-  float sums[1][kGradientSide / kSide][kGradientSide / kSide] = {};
+  Sums<kGradientSide, kGradientSide> sums[1];
 #pragma unroll 1
   for (int64_t first_row = int64_t(chunk) * kTileRows; first_row < view.rows;
        first_row += int64_t(given.chunks) * kTileRows) {
@@ -196,32 +187,27 @@ __global__ void __launch_bounds__(kThreads, 1)
       memory.stage.whole[local][at % kGradientSide] = value;
     }
     __syncthreads();
-    add_product<kGradientSide, kGradientSide, 1>(&memory.z, memory.stage, keep, sums);
+    add_product(&memory.z, memory.stage, fits_tensor_cores(given.grad_out.kind), sums);
   }
   float* const partials =
       given.partials + int64_t(matrix) * given.width_in * given.width_out;
-#pragma unroll
-  for (int i = 0; i < kGradientSide / kSide; ++i) {
-    const int row = first_in + thread_y() + kSide * i;
-#pragma unroll
-    for (int n = 0; n < kGradientSide / kSide; ++n) {
-      const int column = first_out + thread_x() + kSide * n;
-      if (row < given.width_in && column < given.width_out)
-        partials[int64_t(row) * given.width_out + column] = sums[0][i][n];
-    }
-  }
+  sums[0].for_each([&](int i, int j, float sum) {
+    const int row = first_in + i, column = first_out + j;
+    if (row < given.width_in && column < given.width_out)
+      partials[int64_t(row) * given.width_out + column] = sum;
+  });
 }
 
-// sums = grad_out of the tile's rows with `relation`, times up to kGradientSide columns of one
-// diagonal block of W_rᵀ from first_in on; zeros elsewhere.
+// memory.stage.whole = grad_out of the tile's rows with `relation`, times up to kGradientSide
+// columns of one diagonal block of W_rᵀ from first_in on; zeros elsewhere. All threads may read it.
 template <class View>
 __device__ inline void multiply_back(const View& view, int64_t first_row,
                                      const Run (&runs)[kTileRows], int relation,
                                      const BackProduct& given, int block, int first_in,
-                                     BackProductMemory& memory,
-                                     float (&sums)[1][kTileRows / kSide][kGradientSide / kSide]) {
+                                     BackProductMemory& memory) {
   const Rows weight = from_column(given.weight, first_in);
-  const float keep[1][kTileRows / kSide] = {{1.0f, 1.0f}};
+  const bool tensor_cores = fits_tensor_cores(weight.kind);
+  Sums<kTileRows, kGradientSide> sums[1];
 #pragma unroll 1
   for (int start = 0; start < given.width_out; start += kColumns) {
     __syncthreads();
@@ -238,9 +224,12 @@ __device__ inline void multiply_back(const View& view, int64_t first_row,
     load_whole<kGradientSide>(Strip{weight, relation, block, start,
                                     min(kColumns, given.width_out - start),
                                     given.width_in - first_in},
-                              memory.stage);
-    add_product<kTileRows, kGradientSide, 1>(&memory.grad_out, memory.stage, keep, sums);
+                              tensor_cores, memory.stage);
+    add_product(&memory.grad_out, memory.stage, fits_tensor_cores(weight.kind), sums);
   }
+  __syncthreads();
+  sums[0].for_each([&](int i, int j, float sum) { memory.stage.whole[i][j] = sum; });
+  __syncthreads();
 }
 
 // edges[e] = <x of its source, grad_out of its target · W_rᵀ>; the view is that of the targets.
@@ -260,13 +249,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int first_in = 0; first_in < back.blocks * back.width_in;) {
       const int block = first_in / back.width_in;
       const int width = min(kGradientSide, (block + 1) * back.width_in - first_in);
-      float sums[1][kTileRows / kSide][kGradientSide / kSide] = {};
       multiply_back(view, first_row, memory.walk.runs, relation, back, block,
-                    first_in - block * back.width_in, memory.product, sums);
-#pragma unroll
-      for (int i = 0; i < kTileRows / kSide; ++i) {
-        const Run& run = memory.walk.runs[y + kSide * i];
+                    first_in - block * back.width_in, memory.product);
+#pragma unroll 1
+      for (int local = y; local < kTileRows; local += kSide) {
+        const Run& run = memory.walk.runs[local];
         if (run.relation != relation) continue;
+        const float* const gradients = memory.product.stage.whole[local] + x;
         const float share = given.mean ? 1.0f / float(run.count) : 1.0f;
 #pragma unroll 1
         for (int64_t entry = run.begin; entry < run.end; ++entry) {
@@ -275,7 +264,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int n = 0; n < kGradientSide / kSide; ++n)
             if (x + kSide * n < width)
-              sum = fmaf(sums[0][i][n], read(given.x.data, given.x.kind, source + kSide * n), sum);
+              sum = fmaf(gradients[kSide * n],
+                         read(given.x.data, given.x.kind, source + kSide * n), sum);
           for (int step = kSide / 2; step > 0; step /= 2)
             sum += __shfl_xor_sync(lanes_of_row, sum, step, kSide);
           if (x != 0) continue;

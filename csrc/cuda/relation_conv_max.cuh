@@ -44,14 +44,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first_row =
       int64_t(blockIdx.x / across / back.blocks / (given.end - given.first)) * kTileRows;
   if (!memory.found.find(view, first_row, relation)) return;
-  float gradients[1][kTileRows / kSide][COLUMNS] = {};
   multiply_back(view, first_row, memory.found.runs, relation, back, block, first_in,
-                memory.product, gradients);
+                memory.product);
   const int64_t first_column = int64_t(block) * back.width_in + first_in + thread_x();
   const int width = back.width_in - first_in - thread_x();
-#pragma unroll
-  for (int i = 0; i < kTileRows / kSide; ++i) {
-    const int local = thread_y() + kSide * i;
+#pragma unroll 1
+  for (int local = thread_y(); local < kTileRows; local += kSide) {
     const Run& run = memory.found.runs[local];
     if (run.relation != relation) continue;
     const int64_t row = first_row + local;
@@ -69,11 +67,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     for_each_message([&](int n, float message) { highest[n] = larger(highest[n], message); });
     for_each_message([&](int n, float message) { ties[n] += message == highest[n] ? 1.0f : 0.0f; });
     const int64_t place = given.at(relation, view.node(row)) + first_column;
+    const float* const gradients = memory.product.stage.whole[local] + thread_x();
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n)
       if (kSide * n < width) {
         given.maxima[place + kSide * n] = highest[n];
-        given.shares[place + kSide * n] = gradients[0][i][n] / ties[n];
+        given.shares[place + kSide * n] = gradients[kSide * n] / ties[n];
       }
   }
 }

@@ -11,6 +11,7 @@ namespace rdfkern {
 
 constexpr int kSide = 16;
 constexpr int kThreads = kSide * kSide;
+constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 enum class Kind : int { kFloat, kHalf, kBFloat16, kBool };
@@ -32,6 +33,15 @@ __device__ inline float read(const char* data, Kind kind, int64_t at) {
   return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data)[at]);
 }
 
+// Four neighbours, of which the first is aligned to all four.
+__device__ inline float4 read_four(const char* data, Kind kind, int64_t at) {
+  if (kind == Kind::kFloat) return *reinterpret_cast<const float4*>(data + 4 * at);
+  const uint2 bits = *reinterpret_cast<const uint2*>(data + 2 * at);
+  const char* const halves = reinterpret_cast<const char*>(&bits);
+  return {read(halves, kind, 0), read(halves, kind, 1), read(halves, kind, 2),
+          read(halves, kind, 3)};
+}
+
 __device__ inline void write(char* data, Kind kind, int64_t at, float value) {
   if (kind == Kind::kFloat)
     reinterpret_cast<float*>(data)[at] = value;
@@ -47,6 +57,17 @@ struct Strip {
   int64_t batch, head, first;
   int count, width;
 
+  // Whether columns can be read four at a time.
+  __device__ bool is_in_fours() const {
+    const int size = rows.kind == Kind::kFloat ? 4 : 2;
+    const char* const start = rows.data + rows.at(batch, head, first) * size;
+    return reinterpret_cast<uintptr_t>(start) % (4 * size) == 0 && rows.row_stride % 4 == 0 &&
+           width % 4 == 0;
+  }
+  // Of a row that is there, from a column on that is a multiple of 4.
+  __device__ float4 four_at(int row, int column) const {
+    return read_four(rows.data, rows.kind, rows.at(batch, head, first + row) + column);
+  }
   __device__ float at(int row, int column) const {
     if (row >= count || column >= width) return 0.0f;
     return read(rows.data, rows.kind, rows.at(batch, head, first + row) + column);

@@ -29,7 +29,7 @@ FLAGS = (
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())} "
     f"-I{HERE / 'include'} -I{TORCH / 'include'}"
 ).split()
-SANITIZERS = ("-fsanitize=address,bounds", "-fno-sanitize-recover=bounds")
+SANITIZERS = ("-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=bounds,alignment")
 ASAN_OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0"
 SCHEDULES = ("forward", "reverse", "round robin", "eager warps", "random")
 
@@ -51,7 +51,7 @@ def build(
     Args:
         source: name of the .cu.
         folder: where copies, objects and the library go.
-        sanitize: with the sanitizers of addresses and array bounds.
+        sanitize: with the sanitizers of addresses, array bounds and alignment.
         faults: (file, text, replacement) to plant; each text must occur exactly once in its file.
     """
     folder.mkdir(parents=True, exist_ok=True)

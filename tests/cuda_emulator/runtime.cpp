@@ -285,6 +285,51 @@ uint64_t wait_for_warp(Operation operation, unsigned mask, uint64_t bits, int so
   return fiber.result;
 }
 
+namespace {
+
+struct Operands {
+  float a[4], b[2];
+};
+std::vector<Operands> operands;  // of every thread
+
+float cut_to_tf32(float value) { return __int_as_float(__float_as_int(value) & ~0x1fff); }
+
+double cut_below(double value, double unit) { return std::trunc(value / unit) * unit; }
+
+// The last place of a float as large as these numbers.
+double unit_of(const std::vector<double>& addends) {
+  int exponent = -126;
+  for (const double addend : addends)
+    if (addend != 0) exponent = std::max(exponent, std::ilogb(addend));
+  return std::ldexp(1.0, exponent - 23);
+}
+
+}  // namespace
+
+void multiply_fragments(float (&sums)[4], const float (&a)[4], const float (&b)[2],
+                        const char* file, int line) {
+  operands.resize(std::max(operands.size(), fibers.size()));
+  Operands& own = operands[current];
+  for (int i = 0; i < 4; ++i) own.a[i] = cut_to_tf32(a[i]);
+  for (int i = 0; i < 2; ++i) own.b[i] = cut_to_tf32(b[i]);
+  wait_for_warp(Operation::kSynchronise, 0xffffffffu, 0, 0, {file, line});
+  const Operands* const warp = &operands[current / warpSize * warpSize];
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    std::vector<double> addends{sums[i]};
+    for (int k = 0; k < 8; ++k)
+      addends.push_back(double(warp[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]) *
+                        warp[column * 4 + k % 4].b[k / 4]);
+    double sum = 0;
+    bool finite = true;
+    for (const double addend : addends) finite = finite && std::isfinite(addend);
+    const double unit = finite ? unit_of(addends) : 1;
+    for (const double addend : addends) sum += finite ? cut_below(addend, unit) : addend;
+    sums[i] = float(finite ? cut_below(sum, unit_of({sum})) : sum);
+  }
+  wait_for_warp(Operation::kSynchronise, 0xffffffffu, 0, 0, {file, line});
+}
+
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   const size_t threads = size_t(block.x) * block.y * block.z;

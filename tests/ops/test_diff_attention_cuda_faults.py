@@ -8,6 +8,10 @@ SANITIZED = (
     "test_error_budget[odd widths-dtype2]",
     "test_strided_views_without_unit_strides_too[dtype1]",
     "test_packed_sequences[options2-dtype0]",
+    *(
+        f"test_rows_of_which_four_elements_cannot_be_read_at_once[{case}-dtype{at}]"
+        for at, case in enumerate(("start", "row stride"))
+    ),
     "test_error_budget[bias and all masks-dtype1]",
     "test_every_schedule_gives_the_same_bits[eager warps-1]",
 )
@@ -24,25 +28,29 @@ CASES = (
 SELECTED = (
     *SANITIZED,
     *(f"test_error_budget[{case}-dtype0]" for case in CASES),
+    *(f"test_error_budget[{case}-dtype{at}]" for case in CASES[:5] for at in (1, 2)),
+    "test_rows_of_which_four_elements_cannot_be_read_at_once[width-dtype1]",
     "test_every_schedule_gives_the_same_bits[reverse-0]",
     "test_every_schedule_gives_the_same_bits[eager warps-2]",
     "test_every_schedule_gives_the_same_bits[random-1]",
     "test_dropout_is_that_of_the_cpu_kernels[20]",
 )
 BWD, FWD = "diff_attention_bwd.cuh", "diff_attention_fwd.cuh"
-SHARED, TERMS, TILES = "diff_attention.cuh", "diff_attention_terms.cuh", "tiles.cuh"
+SHARED, TERMS = "diff_attention.cuh", "diff_attention_terms.cuh"
+TILES, FRAGMENTS, ROWS = "tiles.cuh", "fragments.cuh", "rows.cuh"
 
 BARRIERS = {
     "before pieces are loaded": (
         TILES,
-        "__syncthreads();\n    load_piece<ROWS>",
-        "load_piece<ROWS>",
+        "__syncthreads();\n    load<kColumns>(rows",
+        "load<kColumns>(rows",
     ),
     "after pieces are loaded": (
         TILES,
         "stage.pieces.columns);\n    __syncthreads();",
         "stage.pieces.columns);",
     ),
+    "after a tile": (TILES, "tile[i][j] = sum; });\n  __syncthreads();", "tile[i][j] = sum; });"),
     "before whole rows are loaded": (
         TILES,
         "static_assert(WIDTH <= STAGE_WIDTH);\n  __syncthreads();",
@@ -50,10 +58,29 @@ BARRIERS = {
     ),
     "after whole rows are loaded": (
         TILES,
-        "strip.at(at / WIDTH, at % WIDTH);\n  __syncthreads();",
-        "strip.at(at / WIDTH, at % WIDTH);",
+        "stage.whole);\n  __syncthreads();",
+        "stage.whole);",
     ),
-    "before sums are written": (TILES, "thread_y();\n  __syncthreads();", "thread_y();"),
+    "before gradients are staged": (
+        TILES,
+        "__syncthreads();\n    stage_rows",
+        "stage_rows",
+    ),
+    "after gradients are staged": (
+        TILES,
+        "0, stage);\n    __syncthreads();",
+        "0, stage);",
+    ),
+    "before products are staged": (
+        FWD,
+        "i < ROWS / kSide; ++i) {\n    __syncthreads();",
+        "i < ROWS / kSide; ++i) {",
+    ),
+    "after products are staged": (
+        FWD,
+        "memory.stage);\n    __syncthreads();\n    const int query",
+        "memory.stage);\n    const int query",
+    ),
     "before the partial sums of warps": (
         TERMS,
         "__syncthreads();\n  if (!gradients.norm_partials)",
@@ -71,6 +98,16 @@ OUT_OF_BOUNDS = {
         "if (row >= count || column >= width) return 0.0f;",
         "if (row >= count) return 0.0f;",
     ),
+    "four columns of rows behind the last one are read": (
+        TILES,
+        "if (row < strip.count && column < width) values",
+        "if (column < width) values",
+    ),
+    "four columns behind the last one are read": (
+        TILES,
+        "if (row < strip.count && column < width) values",
+        "if (row < strip.count) values",
+    ),
     "rows behind the last one are written": (TILES, "if (row >= target.count) continue;", ""),
     "terms of rows that are not there": (
         BWD,
@@ -78,7 +115,32 @@ OUT_OF_BOUNDS = {
         "",
     ),
 }
+MISALIGNED = {
+    "rows that begin anywhere are read by fours": (
+        ROWS,
+        "reinterpret_cast<uintptr_t>(start) % (4 * size) == 0 && rows",
+        "rows",
+    ),
+    "rows at any distance are read by fours": (ROWS, "rows.row_stride % 4 == 0 &&", ""),
+}
 WRONG = {
+    "widths that are no multiple of 4 are read by fours": (
+        ROWS,
+        "&&\n           width % 4 == 0;",
+        ";",
+    ),
+    "the second and third element of a fragment swapped": (
+        FRAGMENTS,
+        "group + i % 2 * 8, k + place + i / 2 * 4",
+        "group + i / 2 * 8, k + place + i % 2 * 4",
+    ),
+    "only half of the terms on tensor cores": (
+        FRAGMENTS,
+        "right(k + place + 4, 8 * n + group)",
+        "0",
+    ),
+    "what tensor cores cut off is lost": (TILES, "if (wide_rows || wide_columns)", "if (false)"),
+    "columns of another warp": (FRAGMENTS, "% kAcross * kFragments * 8", "% kAcross * 8"),
     "causal is one key off": (SHARED, "+ right + 1;", "+ right;"),
     "the window is one key off": (
         SHARED,
@@ -96,14 +158,10 @@ WRONG = {
         "problem.kv_head(place.head), sequence.first_key + key,",
         "problem.kv_head(place.head), key,",
     ),
-    "old products are not rescaled": (
-        TILES,
-        "fmaf(sums[t][i][first + n], rescale[t][i], part[t][i][n])",
-        "sums[t][i][first + n] + part[t][i][n]",
-    ),
+    "old products are not rescaled": (FWD, "products[map].scale(memory.rescale[map]);", ";"),
     "old sums are not rescaled": (
         FWD,
-        "fmaf(total[map][i], rescale[map][i], sum)",
+        "fmaf(total[map][i], shrink, sum)",
         "total[map][i] + sum",
     ),
     "a sum misses half of the lanes": (
@@ -182,6 +240,14 @@ def test_access_out_of_bounds(fault, cuda_emulator, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", MISALIGNED.values(), ids=MISALIGNED)
+def test_misaligned_access(fault, cuda_emulator, tmp_path):
+    library = cuda_emulator.build("diff_attention.cu", tmp_path, sanitize=True, faults=(fault,))
+    done = run_selected(cuda_emulator, library, SANITIZED)
+    assert "misaligned address" in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG)
 def test_wrong_arithmetic(fault, cuda_emulator, tmp_path):
     library = cuda_emulator.build("diff_attention.cu", tmp_path, faults=(fault,))
@@ -193,3 +259,12 @@ def test_nothing_is_out_of_bounds(cuda_emulator, tmp_path):
     library = cuda_emulator.build("diff_attention.cu", tmp_path, sanitize=True)
     done = run_selected(cuda_emulator, library, SANITIZED)
     assert f"{len(SANITIZED)} passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_half_types_without_tensor_cores(cuda_emulator, tmp_path):
+    """As on sm_75."""
+    no_tensor_cores = (FRAGMENTS, "__CUDA_ARCH__) && __CUDA_ARCH__ < 800", "__GNUC__)")
+    library = cuda_emulator.build("diff_attention.cu", tmp_path, faults=(no_tensor_cores,))
+    names = [f"test_error_budget[{case}-dtype1]" for case in CASES]
+    done = run_selected(cuda_emulator, library, names)
+    assert f"{len(names)} passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]

@@ -55,8 +55,8 @@ BARRIERS = {
     ),
     "after rows are loaded": (
         CONV,
-        "__syncthreads();\n    add_product<kGradientSide,",
-        "add_product<kGradientSide,",
+        "__syncthreads();\n    add_product(&memory.z,",
+        "add_product(&memory.z,",
     ),
     "before gradients are overwritten": (
         CONV,
@@ -73,10 +73,16 @@ BARRIERS = {
         "static_assert(WIDTH <= STAGE_WIDTH);\n  __syncthreads();",
         "",
     ),
-    "after pieces are loaded": (
-        TILES,
-        "strip.at(at / WIDTH, at % WIDTH);\n  __syncthreads();",
-        "strip.at(at / WIDTH, at % WIDTH);",
+    "after pieces are loaded": (TILES, "stage.whole);\n  __syncthreads();", "stage.whole);"),
+    "before products are staged": (
+        CONV,
+        "__syncthreads();\n  sums[0].for_each",
+        "sums[0].for_each",
+    ),
+    "after products are staged": (
+        CONV,
+        "whole[i][j] = sum; });\n  __syncthreads();",
+        "whole[i][j] = sum; });",
     ),
 }
 OUT_OF_BOUNDS = {
@@ -86,7 +92,11 @@ OUT_OF_BOUNDS = {
         "                                        : Run{0, 0, 0, kNoRelation};",
         "next_run(view, row, view.first_entry(row));",
     ),
-    "rows behind the last one are written": (CONV, "if (row >= view.rows) continue;", ""),
+    "rows behind the last one are written": (
+        CONV,
+        "if (first_row + local >= view.rows || first_column",
+        "if (first_column",
+    ),
     "columns behind the last one are read": (CONV, "if (column + kSide * n < width) {", "{"),
     "maxima of columns behind the last one": (
         MAX,
@@ -105,8 +115,8 @@ OUT_OF_BOUNDS = {
     ),
     "columns behind the last one are written": (
         CONV,
-        "if (column >= given.width_out) continue;",
-        "",
+        "view.rows || first_column + column >= given.width_out) return;",
+        "view.rows) return;",
     ),
 }
 WRONG = {
@@ -190,7 +200,7 @@ WRONG = {
         "larger(sums[n], value)",
     ),
     "maxima leave out what is not a number": (CONV, "b > a || b != b ? b : a", "b > a ? b : a"),
-    "ties do not share": (MAX, "gradients[0][i][n] / ties[n];", "gradients[0][i][n];"),
+    "ties do not share": (MAX, "gradients[kSide * n] / ties[n];", "gradients[kSide * n];"),
     "maxima stand at sorted rows": (
         MAX,
         "given.at(relation, view.node(row))",

@@ -10,7 +10,8 @@
 //
 // What a kernel needs: dynamic shared memory only, taken from
 // `extern __shared__ __align__(16) char dynamic_shared[]` in namespace rdfkern (shared_memory() of
-// csrc/cuda/rows.cuh); no <<<>>>, but cudaLaunchKernelEx; no inline PTX, no tensor cores.
+// csrc/cuda/rows.cuh); no <<<>>>, but cudaLaunchKernelEx; no inline PTX: tensor cores are reached by
+// emulator::multiply_fragments.
 //
 // What is found: barriers that not all threads of a block reach, or at different lines; barriers
 // after a thread's exit; shuffles and votes that not all threads of their mask reach; deadlocks;
@@ -121,6 +122,15 @@ inline int __all_sync(unsigned mask, int predicate, EMULATOR_SITE) {
   return __ballot_sync(mask, predicate, file, line) == mask;
 }
 
+namespace emulator {
+
+// mma.m16n8k8 with TF32 operands, for all lanes of a warp: sums += a b. As tensor cores do, it cuts
+// off the lower 13 bits of operands, and everything below the last bit of the largest addend and of
+// the sum (Fasi et al. 2021, of the V100; later ones keep a little more).
+void multiply_fragments(float (&sums)[4], const float (&a)[4], const float (&b)[2], EMULATOR_SITE);
+
+}  // namespace emulator
+
 template <class T>
 T atomicAdd(T* target, T value) {
   const T before = *target;
@@ -157,6 +167,13 @@ inline int __float_as_int(float value) {
   return bits;
 }
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 struct CUstream_st;
 typedef CUstream_st* cudaStream_t;
@@ -170,6 +187,12 @@ struct cudaLaunchConfig_t {
 };
 
 const char* cudaGetErrorString(cudaError_t error);
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

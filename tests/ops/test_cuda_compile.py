@@ -1,4 +1,4 @@
-"""nvcc compiles the CUDA kernels of relations within their limits, without spills."""
+"""nvcc compiles the CUDA kernels within their limits, without spills, and for tensor cores."""
 
 import json
 import re
@@ -11,7 +11,13 @@ import torch
 from rdfkern._backends import jit
 from rdfkern.csrc import ROOT
 
-LIMITS = json.loads((Path(__file__).parent / "relation_cuda_limits.json").read_text())
+# The registers of each kernel, by source.
+LIMITS = json.loads((Path(__file__).parent / "cuda_limits.json").read_text())
+# Kernels that multiply matrices.
+PRODUCTS = re.compile(
+    r"forward_kernel, \d|query_gradients|key_gradients|convolve|weight_gradient|edge_gradient|"
+    r"^maxima"
+)
 
 
 def _nvcc() -> str | None:
@@ -25,8 +31,15 @@ NVCC = _nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH or in CUDA_HOME")
 
 
+def name_of(symbol):
+    """A kernel's name with its template arguments."""
+    name = re.search(r"[a-z_]+_kernel", symbol)[0]
+    views = re.findall(r"(?:Band|Edge|Window)(?:View|Pairs)", symbol)[:1]
+    return ", ".join((name, *views, *re.findall(r"Li(\d+)E", symbol)))
+
+
 def usage_of(source, architecture, folder):
-    """Registers, local and static shared memory of every kernel, by its name with arguments."""
+    """What every kernel uses, by its name."""
     command = [
         NVCC,
         *jit.NVCC_FLAGS.split(),
@@ -35,6 +48,8 @@ def usage_of(source, architecture, folder):
         "--cubin",
         f"-arch={architecture}",
         "-Xptxas=-v",
+        "--keep",
+        f"--keep-dir={folder}",
         str(ROOT / "cuda" / source),
         "-o",
         str(folder / "kernels.cubin"),
@@ -52,14 +67,14 @@ def usage_of(source, architecture, folder):
     )
     kernels = {}
     for match in pattern.finditer(done.stdout + done.stderr):
-        name = re.search(r"[a-z_]+_kernel", match["name"])[0]
-        view = re.search(r"(Band|Edge|Window)(View|Pairs)", match["name"])[0]
         shared = re.search(r"(\d+) bytes smem", match["rest"])
-        kernels[", ".join((name, view, *re.findall(r"Li(\d+)E", match["name"])))] = {
+        kernels[name_of(match["name"])] = {
             "registers": int(match["registers"]),
             "local memory": int(match["stack"]) + int(match["stores"]) + int(match["loads"]),
             "static shared memory": int(shared[1]) if shared else 0,
         }
+    for entry in next(folder.glob("*.ptx")).read_text().split(".entry ")[1:]:
+        kernels[name_of(entry.split("(")[0])]["tensor cores"] = "mma.sync" in entry
     return kernels
 
 
@@ -76,6 +91,8 @@ def test_kernels_keep_to_their_limits(architecture, source, tmp_path):
     assert kernels.keys() == LIMITS[source].keys()
     for name, usage in kernels.items():
         assert usage["local memory"] == 0, f"{name} spills: {usage}"
-        # Shared memory is dynamic; launch.h refuses to compile a layout of more than 48 KiB.
+        # Shared memory is dynamic; launch.h refuses to compile a layout of more than 64 KiB.
         assert usage["static shared memory"] == 0, f"{name}: {usage}"
         assert usage["registers"] <= LIMITS[source][name], f"{name}: {usage}"
+        products = architecture != "sm_75" and PRODUCTS.search(name) is not None
+        assert usage["tensor cores"] == products, f"{name}: {usage}"
