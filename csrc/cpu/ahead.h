@@ -18,9 +18,16 @@ class Ahead {
     if (count > 0) runs_[size_++] = {first, stride, bytes, count};
   }
 
+  // So that everything is asked for within so many tiles, if that is not too much for one.
+  void spread(int64_t tiles) {
+    int64_t bytes = 0;
+    for (int at = at_; at < size_; ++at) bytes += runs_[at].bytes * runs_[at].rows;
+    step_ = std::clamp(bytes / std::max<int64_t>(tiles, 1) + 1, kStep, kLargestStep);
+  }
+
   // After every tile of a product, by std::ref.
   void operator()() {
-    for (int64_t bytes = 0; bytes < kStep && at_ < size_;) {
+    for (int64_t bytes = 0; bytes < step_ && at_ < size_;) {
       Run& run = runs_[at_];
       for (int64_t byte = 0; byte < run.bytes; byte += kLine)
         __builtin_prefetch(run.next + byte, 0, 2);
@@ -35,7 +42,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kLine = 64, kStep = 1024;
+  static constexpr int64_t kLine = 64, kStep = 1024, kLargestStep = 8192;
   static constexpr int kRuns = 12;
   struct Run {
     const char* next;
@@ -43,6 +50,7 @@ class Ahead {
   };
   Run runs_[kRuns];
   int size_ = 0, at_ = 0;
+  int64_t step_ = kStep;
 };
 
 // body(task, following) for every task: the thread's next one is known early, so that its rows can be

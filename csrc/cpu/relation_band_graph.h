@@ -7,6 +7,17 @@ namespace rdfkern {
 
 constexpr int64_t kTotal = 64;  // rows that one total stands for
 
+// Positions are compared kLongs at a time, with groups of up to kCounted rows: searches would guess
+// wrong at every turn.
+constexpr int64_t kLongs = 8, kCounted = 32;
+using Longs = int64_t __attribute__((vector_size(kLongs * sizeof(int64_t))));
+
+inline Longs load_longs(const int64_t* source) {
+  Longs longs;
+  std::memcpy(&longs, source, sizeof(longs));
+  return longs;
+}
+
 // Sorted rows of one dialogue and key. They are sorted by key first here, so that the rows of a tile,
 // which mostly hear the same relations, are neighbours in memory.
 struct Group {
@@ -16,7 +27,7 @@ struct Group {
 
 // What follows from order, position, start and table (rdfkern/ops/relation_mp/bands.py).
 struct BandGraph {
-  std::vector<int64_t> order, position;
+  std::vector<int64_t> order, position;          // positions with room for kLongs behind them
   std::vector<Group> groups;                     // not empty; by key, then by dialogue
   std::vector<std::vector<int64_t>> of_dialogue;  // their numbers
   const int32_t* table;
@@ -44,6 +55,7 @@ struct BandGraph {
         append(position, position_by_dialogue);
         groups.push_back({dialogue, key, begin, int64_t(order.size())});
       }
+    position.resize(position.size() + kLongs);
   }
 
   int64_t rows() const { return order.size(); }

@@ -72,25 +72,27 @@ inline void BandView::weigh_by_counts(const BandView& targets, const Block& x, i
     slot.totals = totals_.data() + (totals_at - group.begin / kTotal) * x.stride;
     totals_at += group.size() / kTotal + 1;
   }
-  for_each_task(slots_.size(), [&](auto next) {
+  for_each_task(graph_.groups.size(), [&](auto next) {
     std::vector<int64_t> low, high, counts;
-    for (int64_t s = next(); s >= 0; s = next()) {
-      const Slot& slot = slots_[s];
-      const Group& group = graph_.groups[slot.group];
-      low.resize(group.size());
-      high.resize(group.size());
-      counts.assign(group.size(), 0);
-      for (const Heard& band : heard[slot.group]) {
-        if (band.relation != slot.relation) continue;
-        targets.ranges(graph_.groups[band.other], band.first, band.last, group.begin, group.end,
-                       low.data(), high.data());
-        for (int64_t i = 0; i < group.size(); ++i) counts[i] += high[i] - low[i];
+    for (int64_t g = next(); g >= 0; g = next()) {
+      const Group& group = graph_.groups[g];
+      low.resize(group.size() + kLongs);
+      high.resize(group.size() + kLongs);
+      auto band = heard[g].begin();
+      for (int64_t s = first_slot[g]; s < first_slot[g + 1]; ++s) {
+        const Slot& slot = slots_[s];
+        counts.assign(group.size(), 0);
+        for (; band != heard[g].end() && band->relation == slot.relation; ++band) {
+          targets.ranges(graph_.groups[band->other], band->first, band->last, group.begin,
+                         group.end, low.data(), high.data());
+          for (int64_t i = 0; i < group.size(); ++i) counts[i] += high[i] - low[i];
+        }
+        for (int64_t i = 0; i < group.size(); ++i)
+          slot.weights[group.begin + i] = counts[i] ? 1.0f / counts[i] : 0.0f;
+        if (slot.totals)
+          total_blocks<Sum, true>(x, width, slot.weights, (group.begin + kTotal - 1) / kTotal,
+                                  group.end / kTotal, slot.totals);
       }
-      for (int64_t i = 0; i < group.size(); ++i)
-        slot.weights[group.begin + i] = counts[i] ? 1.0f / counts[i] : 0.0f;
-      if (slot.totals)
-        total_blocks<Sum, true>(x, width, slot.weights, (group.begin + kTotal - 1) / kTotal,
-                                group.end / kTotal, slot.totals);
     }
   });
   for (BandTile& tile : tiles_)

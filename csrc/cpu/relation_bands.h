@@ -1,6 +1,8 @@
 // Implicit graphs: what a row hears of one group of rows and one direction is a contiguous range.
 #pragma once
 
+#include <limits>
+
 #include "relation_band_graph.h"
 
 namespace rdfkern {
@@ -41,32 +43,45 @@ class BandView {
     }
   }
 
-  // Where the ranges of the rows [begin, end) start and end among the other group's rows.
+  // Where the ranges of the rows [begin, end) start and end among the other group's rows. There is
+  // room for kLongs more in both lists.
   void ranges(const Group& other, int first, int last, int64_t begin, int64_t end, int64_t* low,
               int64_t* high) const {
-    auto find = [&](int64_t* found, auto is_before) {
-      const int64_t* position = graph_.position.data();
+    // Rows at a distance above `to_low` lie before the range, and above `to_high` not behind it.
+    using Limits = std::numeric_limits<int64_t>;
+    const int64_t furthest_behind = behind_ == kUnlimited ? Limits::max() : behind_;
+    const int64_t furthest_ahead = ahead_ == kUnlimited ? Limits::min() : -ahead_ - 1;
+    const int64_t to_low = first == 0 ? furthest_behind : 1 - first;
+    const int64_t to_high = last == 2 ? furthest_ahead : -last;
+    const int64_t* const position = graph_.position.data();
+    if (other.size() <= kCounted) {
+      for (int64_t row = begin; row < end; row += kLongs) {
+        const Longs mine = load_longs(position + row);
+        Longs lows = Longs{} + other.begin, highs = lows;
+        for (int64_t at = other.begin; at < other.end; ++at) {
+          const Longs distance = mine - position[at];
+          lows -= distance > to_low;  // where true, it is -1
+          highs -= distance > to_high;
+        }
+        std::memcpy(low + row - begin, &lows, sizeof(Longs));
+        std::memcpy(high + row - begin, &highs, sizeof(Longs));
+      }
+      return;
+    }
+    auto find = [&](int64_t* found, int64_t distance) {
       int64_t at = other.begin;
       for (int64_t bound = other.end; at < bound;) {
         const int64_t middle = (at + bound) / 2;
-        if (is_before(position[middle], position[begin])) at = middle + 1;
+        if (position[begin] - position[middle] > distance) at = middle + 1;
         else bound = middle;
       }
       for (int64_t row = begin; row < end; ++row) {
-        while (at < other.end && is_before(position[at], position[row])) ++at;
+        while (at < other.end && position[row] - position[at] > distance) ++at;
         found[row - begin] = at;
       }
     };
-    auto earlier = [](int64_t p, int64_t mine) { return p < mine; };
-    auto not_later = [](int64_t p, int64_t mine) { return p <= mine; };
-    if (first == 1) find(low, earlier);
-    else if (first == 2) find(low, not_later);
-    else if (behind_ == kUnlimited) std::fill(low, low + (end - begin), other.begin);
-    else find(low, [&](int64_t p, int64_t mine) { return p < mine && mine - p > behind_; });
-    if (last == 0) find(high, earlier);
-    else if (last == 1) find(high, not_later);
-    else if (ahead_ == kUnlimited) std::fill(high, high + (end - begin), other.end);
-    else find(high, [&](int64_t p, int64_t mine) { return p <= mine || p - mine <= ahead_; });
+    find(low, to_low);
+    find(high, to_high);
   }
 
   // The sums of columns [column, column + width) of x over the neighbours of one relation: that of
@@ -78,59 +93,63 @@ class BandView {
                   int64_t width, bool mean, float* z, int64_t ldz, int32_t* rows,
                   int32_t* sum_of) const {
     const int64_t tile_size = tile.count, parts = work.end - work.begin;
-    thread_local std::vector<int64_t> ends, counts, place, part_place;
-    thread_local std::vector<char> repeats;  // the row before it
-    ends.resize(2 * parts * tile_size);
-    counts.assign(tile_size, 0);
-    place.resize(tile_size);
-    part_place.resize(tile_size);
-    repeats.assign(tile_size, std::is_same_v<Op, Sum>);
+    thread_local Lists lists;
+    lists.resize(parts, tile_size);
+    int64_t* __restrict__ counts = lists.counts.data();
+    int64_t* __restrict__ place = lists.place.data();
+    int64_t* __restrict__ part_place = lists.part_place.data();
+    char* __restrict__ repeats = lists.repeats.data();  // the row before it
+    std::fill_n(counts, tile_size, 0);
+    std::fill_n(repeats, tile_size, std::is_same_v<Op, Sum>);
     for (int64_t p = 0; p < parts; ++p) {
       const Band& band = tile.parts[work.begin + p];
       const Piece& piece = tile.pieces[band.piece];
-      int64_t* low = &ends[2 * p * tile_size] + piece.local;
-      int64_t* high = low + tile_size;
+      const int64_t size = piece.end - piece.begin;
+      int64_t* low = lists.low(p, piece);
+      int64_t* high = lists.high(p, piece);
       ranges(graph_.groups[band.other], band.first, band.last, piece.begin, piece.end, low, high);
-      for (int64_t i = 0; i < piece.end - piece.begin; ++i) {
-        counts[piece.local + i] += high[i] - low[i];
-        if (i == 0 || low[i] != low[i - 1] || high[i] != high[i - 1]) repeats[piece.local + i] = 0;
-      }
+      for (int64_t i = 0; i < size; ++i) counts[piece.local + i] += high[i] - low[i];
+      repeats[piece.local] = 0;
+      for (int64_t i = 1; i < size; ++i)
+        repeats[piece.local + i] &= (low[i] == low[i - 1]) & (high[i] == high[i - 1]);
     }
     Found found{0, 0};
-    int64_t repeated = 0, first = 0, end = 0;
+    int64_t repeated = 0, first = tile_size, end = 0;
     for (int64_t i = 0; i < tile_size; ++i) {
-      if (counts[i] == 0) continue;
-      if (found.rows++ == 0) first = i;
-      end = i + 1;
-      repeated += repeats[i];
+      const bool hears = counts[i] != 0;
+      first = hears ? std::min(first, i) : first;
+      end = hears ? i + 1 : end;
+      found.rows += hears;
+      repeated += hears & repeats[i];
     }
     if (found.rows == 0) return found;
-    if (8 * repeated < found.rows) repeats.assign(tile_size, 0), repeated = 0;
+    if (8 * repeated < found.rows) std::fill_n(repeats, tile_size, repeated = 0);
     const bool fills_gaps = std::is_same_v<Op, Sum> && repeated == 0 &&
                             8 * (end - first - found.rows) <= end - first;
     found = {0, 0};
     for (int64_t i = first; i < end; ++i) {
-      if (counts[i] == 0 && !fills_gaps) continue;
-      if (!repeats[i]) ++found.sums;
+      const bool taken = (counts[i] != 0) | fills_gaps;
+      found.sums += taken & !repeats[i];
       place[i] = found.sums - 1;
       sum_of[found.rows] = int32_t(place[i]);
-      rows[found.rows++] = int32_t(i);
+      rows[found.rows] = int32_t(i);
+      found.rows += taken;
     }
     for (int64_t n = 0; n < found.sums; ++n) std::fill_n(z + n * ldz, width, Op::kStart);
     for (int64_t p = 0; p < parts; ++p) {
       const Band& band = tile.parts[work.begin + p];
       const Piece& piece = tile.pieces[band.piece];
-      int64_t* low = &ends[2 * p * tile_size] + piece.local;
-      int64_t* high = low + tile_size;
+      int64_t* low = lists.low(p, piece);
+      int64_t* high = lists.high(p, piece);
       int64_t count = 0;
       for (int64_t i = 0; i < piece.end - piece.begin; ++i) {
         const int64_t local = piece.local + i;
-        if (counts[local] == 0 || repeats[local]) continue;
         low[count] = low[i];
         high[count] = high[i];
-        part_place[count++] = place[local];
+        part_place[count] = place[local];
+        count += (counts[local] != 0) & !repeats[local];
       }
-      const Target target{low, high, part_place.data(), count, z, ldz};
+      const Target target{low, high, part_place, count, z, ldz};
       if (band.weights) add_ranges<Op, true>(band, target, x, column, width);
       else add_ranges<Op, false>(band, target, x, column, width);
     }
@@ -147,8 +166,8 @@ class BandView {
       const Band& band = tile.parts[p];
       const Piece& piece = tile.pieces[band.piece];
       const int64_t count = piece.end - piece.begin;
-      low.resize(count);
-      high.resize(count);
+      low.resize(count + kLongs);
+      high.resize(count + kLongs);
       ranges(graph_.groups[band.other], band.first, band.last, piece.begin, piece.end, low.data(),
              high.data());
       for (int64_t i = 0; i < count; ++i)
@@ -164,6 +183,24 @@ class BandView {
   void weigh_by_counts(const BandView& targets, const Block& x, int64_t width);
 
  private:
+  // Of one tile and relation, by row of the tile; the ranges by part as well.
+  struct Lists {
+    std::vector<int64_t> ends, counts, place, part_place;
+    std::vector<char> repeats;
+    int64_t stride;
+
+    void resize(int64_t parts, int64_t rows) {
+      stride = rows + kLongs;
+      ends.resize(2 * parts * stride);
+      for (auto* list : {&counts, &place, &part_place}) list->resize(rows);
+      repeats.resize(rows);
+    }
+    int64_t* low(int64_t part, const Piece& piece) {
+      return ends.data() + 2 * part * stride + piece.local;
+    }
+    int64_t* high(int64_t part, const Piece& piece) { return low(part, piece) + stride; }
+  };
+
   struct Target {
     const int64_t *low, *high, *place;
     int64_t count;

@@ -84,10 +84,12 @@ class Weights {
               length * sizeof(float), lines);
   }
 
-  // products row n += z row n times the blocks of one relation.
+  // products row n = z row n times the blocks of one relation, or, for kAdd, that is added to it.
+  template <Update UPDATE>
   void multiply(int64_t relation, int64_t count, const float* z, int64_t ldz, float* products,
                 Ahead& ahead) const {
     thread_local std::vector<float> copied;
+    ahead.spread((count / kTileRows + 1) * (padded_columns / kTileColumns));
     for (int64_t block = 0; block < blocks; ++block) {
       const float* matrix = data_ + relation * relation_stride_ + block * block_stride_;
       if (copy_of_block_) {
@@ -97,10 +99,16 @@ class Weights {
         copy(relation, block, copied.data());
         matrix = copied.data();
       }
-      gemm<Order::kRows, Update::kAdd, kLongInner>(
-          count, padded_columns, rows, z + block * rows, ldz, matrix,
-          copies_ ? copied_stride() : row_stride_, products + block * padded_columns, width(),
-          nullptr, std::ref(ahead), copies_ ? panel() : kTileColumns);
+      const int64_t ldb = copies_ ? copied_stride() : row_stride_;
+      const auto run = [&](auto update, int64_t first, int64_t inner) {
+        gemm<Order::kRows, decltype(update)::value, kLongInner>(
+            count, padded_columns, inner, z + block * rows + first, ldz, matrix + first * ldb, ldb,
+            products + block * padded_columns, width(), nullptr, std::ref(ahead),
+            copies_ ? panel() : kTileColumns);
+      };
+      const int64_t first = std::min(rows, kLongInner);
+      run(std::integral_constant<Update, UPDATE>(), 0, first);
+      if (first < rows) run(std::integral_constant<Update, Update::kAdd>(), first, rows - first);
     }
   }
 
@@ -199,7 +207,8 @@ void convolve(const View& view, const Block& x, int64_t width_in, const Weights&
       }
       Ahead nothing;
       if (root)
-        root->multiply(0, count, x.data + view.row(tile, 0) * x.stride, x.stride, sums, nothing);
+        root->multiply<Update::kAdd>(0, count, x.data + view.row(tile, 0) * x.stride, x.stride,
+                                     sums, nothing);
       for (size_t w = 0; w < tile.works.size(); ++w) {
         const Work& work = tile.works[w];
         Ahead ahead;
@@ -208,11 +217,11 @@ void convolve(const View& view, const Block& x, int64_t width_in, const Weights&
             view.template aggregate<Op>(tile, work, x, 0, ldz, mean, z, ldz, rows, sum_of);
         if (found.rows == 0) continue;
         if (found.apart() && rows[found.rows - 1] - rows[0] == found.rows - 1) {
-          weights.multiply(work.relation, found.rows, z, ldz, sums + rows[0] * width, ahead);
+          weights.multiply<Update::kAdd>(work.relation, found.rows, z, ldz,
+                                         sums + rows[0] * width, ahead);
           continue;
         }
-        std::fill_n(products, found.sums * width, 0.0f);
-        weights.multiply(work.relation, found.sums, z, ldz, products, ahead);
+        weights.multiply<Update::kOverwrite>(work.relation, found.sums, z, ldz, products, ahead);
         for (int64_t n = 0; n < found.rows; ++n)
           add_row(products + sum_of[n] * width, width, sums + rows[n] * width);
       }

@@ -29,15 +29,14 @@ void multiply_back(const View& view, const typename View::Tile& tile, const Work
   for (int64_t n = 0; n < count; ++n)
     std::copy_n(given.grad_out.data + view.row(tile, rows[n]) * given.grad_out.stride, ld_out,
                 gathered + n * ld_out);
-  std::fill_n(products, count * width, 0.0f);
   Ahead nothing;
-  transposed.multiply(work.relation, count, gathered, ld_out, products, nothing);
+  transposed.multiply<Update::kOverwrite>(work.relation, count, gathered, ld_out, products,
+                                          nothing);
   for (int64_t n = 0; n < count; ++n) {
     transposed.close_up(products + n * width);
     std::fill(products + n * width + given.width_in, products + (n + 1) * width, 0.0f);
   }
 }
-
 
 // Adds up body(offset) over whole vectors of a row.
 template <class Body>

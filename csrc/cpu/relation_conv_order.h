@@ -39,8 +39,8 @@ inline void convolve_products(const EdgeView& from, const EdgeView& to, const Bl
       weights.spread(row, sums.data() + i * width);
     }
     if (root)
-      root->multiply(0, end - begin, x.data + begin * x.stride, x.stride,
-                     sums.data() + begin * width, nothing);
+      root->multiply<Update::kAdd>(0, end - begin, x.data + begin * x.stride, x.stride,
+                                   sums.data() + begin * width, nothing);
   });
   for (int64_t relation = 0; relation < to.relations(); ++relation) {
     const auto* places = sending.begin(relation);
@@ -53,9 +53,8 @@ inline void convolve_products(const EdgeView& from, const EdgeView& to, const Bl
         float* made = scratch.take(count * width);
         for (int64_t n = 0; n < count; ++n)
           std::copy_n(x.data + runs[n].row * x.stride, ldz, gathered + n * ldz);
-        std::fill_n(made, count * width, 0.0f);
         Ahead nothing;
-        weights.multiply(relation, count, gathered, ldz, made, nothing);
+        weights.multiply<Update::kOverwrite>(relation, count, gathered, ldz, made, nothing);
         for (int64_t n = 0; n < count; ++n)
           std::copy_n(made + n * width, width, products.data() + runs[n].row * width);
       }

@@ -22,14 +22,26 @@ FAULTS = {
     "window one step short": (
         "fwd",
         "relation_bands.h",
-        "mine - p > behind_",
-        "mine - p >= behind_",
+        "? Limits::max() : behind_;",
+        "? Limits::max() : behind_ - 1;",
+    ),
+    "one row too many lies before the counted ranges": (
+        "fwd",
+        "relation_bands.h",
+        "lows -= distance > to_low;",
+        "lows -= distance >= to_low;",
+    ),
+    "one row too many lies before the searched ranges": (
+        "fwd",
+        "relation_bands.h",
+        "position[row] - position[at] > distance",
+        "position[row] - position[at] >= distance",
     ),
     "present taken for the past": (
         "fwd",
         "relation_bands.h",
-        "if (last == 0) find(high, earlier);",
-        "if (last == 0) find(high, not_later);",
+        "last == 2 ? furthest_ahead : -last;",
+        "last == 2 ? furthest_ahead : -1;",
     ),
     "past and future not swapped": (
         "bwd",
@@ -52,8 +64,8 @@ FAULTS = {
     "sum of a row that hears less": (
         "fwd",
         "relation_bands.h",
-        "low[i] != low[i - 1] || high[i] != high[i - 1]",
-        "low[i] != low[i - 1]",
+        "(low[i] == low[i - 1]) & (high[i] == high[i - 1])",
+        "(low[i] == low[i - 1])",
     ),
     "product of the sum before": (
         "fwd",
@@ -72,6 +84,12 @@ FAULTS = {
         "relation_bands.h",
         "while (row > target.low[i]) join",
         "while (row > target.low[i] + 1) join",
+    ),
+    "products added to what was there before": (
+        "fwd",
+        "relation_conv.h",
+        "run(std::integral_constant<Update, UPDATE>(), 0, first);",
+        "run(std::integral_constant<Update, Update::kAdd>(), 0, first);",
     ),
     "totals overlap": ("fwd", "relation_bands.h", "row += kTotal;", "row += kTotal - 1;"),
     "weights of another relation": (
