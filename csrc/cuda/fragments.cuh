@@ -17,7 +17,8 @@ __device__ inline bool fits_tensor_cores(Kind kind) {
 
 // To the nearest TF32 number, ties away from zero. Tensor cores cut the bits off instead.
 __device__ inline float round_to_tf32(float value) {
-  return __int_as_float((__float_as_int(value) + 0x1000) & ~0x1fff);
+  const unsigned bits = unsigned(__float_as_int(value)) + 0x1000u;
+  return value == value ? __int_as_float(int(bits & ~0x1fffu)) : value;  // NaN would become 0
 }
 __device__ inline float cut_off_by_tf32(float value) {
   return round_to_tf32(value - __int_as_float(__float_as_int(value) & ~0x1fff));

@@ -325,7 +325,9 @@ void multiply_fragments(float (&sums)[4], const float (&a)[4], const float (&b)[
     for (const double addend : addends) finite = finite && std::isfinite(addend);
     const double unit = finite ? unit_of(addends) : 1;
     for (const double addend : addends) sum += finite ? cut_below(addend, unit) : addend;
-    sums[i] = float(finite ? cut_below(sum, unit_of({sum})) : sum);
+    sums[i] = finite            ? float(cut_below(sum, unit_of({sum})))
+              : std::isnan(sum) ? __int_as_float(0x7fffffff)  // a GPU's only NaN
+                                : float(sum);
   }
   wait_for_warp(Operation::kSynchronise, 0xffffffffu, 0, 0, {file, line});
 }

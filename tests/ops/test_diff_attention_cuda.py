@@ -278,6 +278,18 @@ def test_repeats_are_bitwise_equal():
         assert torch.equal(second[name], value), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_a_number_stays(dtype):
+    inputs = inputs_of((1, 1, 1, 20, 40, 32, 32), dtype)
+    inputs[0][0, 0, 3, 5] = float("nan")
+    actual = run("cuda", inputs, rand(1, 1, 20, 32, seed=1).to(dtype))
+    rows = torch.arange(20) == 3
+    for name in ("out", "q1"):
+        assert actual[name][0, 0, rows].isnan().all(), name
+        assert actual[name][0, 0, ~rows].isfinite().all(), name
+    assert actual["v"].isnan().all()
+
+
 def test_large_scores_in_half():
     inputs = inputs_of((1, 1, 1, 20, 40, 32, 32), torch.float16)
     check([30 * inputs[0], 30 * inputs[1], *inputs[2:]])

@@ -30,6 +30,7 @@ SELECTED = (
     *(f"test_error_budget[{case}-dtype0]" for case in CASES),
     *(f"test_error_budget[{case}-dtype{at}]" for case in CASES[:5] for at in (1, 2)),
     "test_rows_of_which_four_elements_cannot_be_read_at_once[width-dtype1]",
+    "test_what_is_not_a_number_stays[dtype1]",
     "test_every_schedule_gives_the_same_bits[reverse-0]",
     "test_every_schedule_gives_the_same_bits[eager warps-2]",
     "test_every_schedule_gives_the_same_bits[random-1]",
@@ -140,6 +141,7 @@ WRONG = {
         "0",
     ),
     "what tensor cores cut off is lost": (TILES, "if (wide_rows || wide_columns)", "if (false)"),
+    "what is not a number rounded to 0": (FRAGMENTS, "return value == value ?", "return true ?"),
     "columns of another warp": (FRAGMENTS, "% kAcross * kFragments * 8", "% kAcross * 8"),
     "causal is one key off": (SHARED, "+ right + 1;", "+ right;"),
     "the window is one key off": (
