@@ -84,8 +84,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
       "_diff_attention_fwd_cpu(Tensor q1, Tensor k1, Tensor? q2, Tensor? k2, Tensor v, "
       "Tensor? lam, Tensor alpha, Tensor? attn_mask, Tensor? key_padding_mask, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? norm_weight, int left, int right, float scale, "
-      "float norm_eps, float out_scale, float dropout_p, int seed, Tensor(a!) out, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? norm_weight, int left, int right, "
+      "float scale, float norm_eps, float out_scale, float dropout_p, int seed, Tensor(a!) out, "
       "Tensor(b!) lse, Tensor(c!)? o2, Tensor(d!)? o) -> ()");
 }
 

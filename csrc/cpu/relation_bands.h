@@ -123,7 +123,10 @@ class BandView {
       repeated += hears & repeats[i];
     }
     if (found.rows == 0) return found;
-    if (8 * repeated < found.rows) std::fill_n(repeats, tile_size, repeated = 0);
+    if (8 * repeated < found.rows) {
+      std::fill_n(repeats, tile_size, 0);
+      repeated = 0;
+    }
     const bool fills_gaps = std::is_same_v<Op, Sum> && repeated == 0 &&
                             8 * (end - first - found.rows) <= end - first;
     found = {0, 0};
