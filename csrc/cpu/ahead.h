@@ -58,7 +58,7 @@ class Ahead {
 template <class Body>
 void for_each_task_ahead(int64_t tasks, const Body& body) {
   const int64_t known = tasks - 4 * int64_t(torch::stable::get_num_threads());
-  for_each_task(tasks, [&](auto next) {
+  for_each_task<Tasks::kInOrder>(tasks, [&](auto next) {
     for (int64_t task = next(); task >= 0;) {
       const int64_t following = task < known ? next() : -1;
       body(task, following);

@@ -17,19 +17,21 @@ template <Order ORDER, Update UPDATE, int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void gemm_tile(
     int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
     float* c, int64_t ldc, const float* beta) {
+  // A loop over sums that the pragmas below did not unroll whole would keep them in memory.
+  static_assert(ROWS <= 12 && VECTORS <= 4);
   Vec sums[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < inner; ++k) {
     Vec row[VECTORS];
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; ++n) row[n] = load(b + k * ldb + n * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
       const Vec factor = broadcast(ORDER == Order::kRows ? a[i * lda + k] : a[k * lda + i]);
 #pragma GCC unroll 4
       for (int n = 0; n < VECTORS; ++n) sums[i][n] += factor * row[n];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; ++n) {

@@ -62,8 +62,7 @@ class Forward {
         if (at != opened) worker.panel.open(panels_[at]);
         opened = at;
         worker.panel.choose_head(task % problem_.heads);
-        worker.attend();
-        finish(worker);
+        attend(worker);
       }
     });
   }
@@ -74,7 +73,9 @@ class Forward {
     Panel panel;
     Scratch scratch;
     Softmax softmax;
-    float *natural, *queries, *key_rows, *value_rows, *tile, *factors, *products;
+    float *natural, *queries, *key_rows, *value_rows, *tile, *factors, *room;
+    float* products = nullptr;
+    int64_t products_stride = 0;
     float *bases, *inverses;  // within relations: [slot][direction][target]
 
     Worker(const Problem& problem, int64_t widest)
@@ -88,19 +89,21 @@ class Forward {
       value_rows = scratch.take(kSources * problem.value_width);
       tile = scratch.take(kSources * kStride);
       factors = scratch.take(kSources * kStride);
-      products = scratch.take(kPanel * problem.value_width);
+      room = scratch.take(kPanel * problem.value_width);
       bases = scratch.take(rows_of_statistics() * kPanel);
       inverses = scratch.take(rows_of_statistics() * kPanel);
     }
 
     int64_t rows_of_statistics() const { return problem.within ? panel.rows() : 0; }
 
-    void attend() {
-      fill(products, panel.targets.count * problem.value_width, 0.0f);
+    // In `rows`, whose width is padded; across relations they are still to be divided by the sums.
+    void attend(float* rows, int64_t stride) {
+      products = rows;
+      products_stride = stride;
       if (problem.is_dot) {
-        const Block rows = read_head(problem.queries, panel.head, panel.targets.first,
-                                     panel.targets.count, problem.depth, natural);
-        transpose_rows(rows, panel.targets.count, problem.depth_width, 1.0f, queries, kStride);
+        const Block own = read_head(problem.queries, panel.head, panel.targets.first,
+                                    panel.targets.count, problem.depth, natural);
+        transpose_rows(own, panel.targets.count, problem.depth_width, 1.0f, queries, kStride);
       }
       if (problem.within) return attend_within();
       softmax.start();
@@ -174,6 +177,7 @@ class Forward {
       panel.logits(block, queries, keys, tile);
     }
 
+    // The first block's products start the sums.
     template <Update UPDATE>
     void add_products(Span block) {
       if (problem.dropout.probability > 0) {
@@ -186,27 +190,40 @@ class Forward {
       }
       const Block values = read_head(problem.values, panel.head, block.first, block.count,
                                      problem.value_dim, value_rows);
-      gemm<Order::kColumns, UPDATE>(panel.targets.count, problem.value_width, block.count, tile,
-                                    kStride, values.data, values.stride, products,
-                                    problem.value_width, softmax.rescale);
+      auto multiply = [&](auto update) {
+        gemm<Order::kColumns, decltype(update)::value>(
+            panel.targets.count, problem.value_width, block.count, tile, kStride, values.data,
+            values.stride, products, products_stride, softmax.rescale);
+      };
+      if (block.first == panel.sources.first)
+        multiply(std::integral_constant<Update, Update::kOverwrite>{});
+      else
+        multiply(std::integral_constant<Update, UPDATE>{});
     }
   };
 
-  void finish(Worker& worker) const {
+  void attend(Worker& worker) const {
     const Panel& panel = worker.panel;
+    const bool in_place =
+        out_.type == ScalarType::Float && problem_.value_dim == problem_.value_width;
+    float* const rows =
+        in_place ? out_.floats(0, panel.head, panel.targets.first) : worker.room;
+    const int64_t stride = in_place ? out_.row_stride : problem_.value_width;
+    worker.attend(rows, stride);
     const Softmax& softmax = worker.softmax;
     for (int64_t i = 0; i < panel.targets.count; ++i) {
       const int64_t target = panel.targets.first + i;
-      float* row = worker.products + i * problem_.value_width;
       if (!problem_.within) {
         const bool alive = softmax.maxima[i] != -kInfinity;
         const float inverse = alive ? 1.0f / softmax.sums[i] : 0.0f;
+        float* const row = rows + i * stride;
         for (int64_t d = 0; d < problem_.value_width; d += kLanes)
           store(row + d, load(row + d) * inverse);
         kept_.base(target, panel.head) = alive ? softmax.maxima[i] : kInfinity;
         kept_.factor(target, panel.head) = inverse;
       }
-      write_row(out_.at(0, panel.head, target), out_.type, problem_.value_dim, row);
+      if (!in_place)
+        write_row(out_.at(0, panel.head, target), out_.type, problem_.value_dim, rows + i * stride);
     }
   }
 

@@ -167,15 +167,33 @@ class Scratch {
   float* next_;
 };
 
-// Runs body(next) on each thread of torch's pool; next() hands out every task once, then -1.
-template <class Body>
+enum class Tasks { kNear, kInOrder };
+
+// Runs body(next) on each thread of torch's pool; next() hands out every task once, then -1. kNear: a
+// thread begins with a range of its own, whose rows its cache may have from the call before, and
+// takes of the others' afterwards. kInOrder: all take the first that is left, as where costs fall.
+template <Tasks ORDER = Tasks::kNear, class Body>
 void for_each_task(int64_t tasks, const Body& body) {
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    body([&] {
-      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      return task < tasks ? task : -1;
+  const int64_t count = ORDER == Tasks::kNear ? threads : std::min<int64_t>(threads, 1);
+  const std::unique_ptr<Range[]> ranges(new Range[count]);
+  for (int64_t at = 0; at < count; ++at) {
+    ranges[at].next = tasks * at / count;
+    ranges[at].end = tasks * (at + 1) / count;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    int64_t passed = 0;
+    body([&]() -> int64_t {
+      for (; passed < count; ++passed) {
+        Range& range = ranges[(thread + passed) % count];
+        const int64_t task = range.next.fetch_add(1, std::memory_order_relaxed);
+        if (task < range.end) return task;
+      }
+      return -1;
     });
   });
 }

@@ -32,6 +32,12 @@ FAULTS = {
         "add_products<Update::kAdd>(block)",
         WIDE,
     ),
+    "every block of sources starts the sums": (
+        "relation_attention_fwd.cpp",
+        "if (block.first == panel.sources.first)",
+        "if (true)",
+        WIDE,
+    ),
     "later sources count as earlier": (
         "relation_attention_panel.h",
         "return load(rows + kLater * kPanel + first);",

@@ -93,7 +93,11 @@ def backward(
     numbers = _numbers(**options)
     dtype = value.dtype
     gradients = [
-        x.new_empty(x.shape, dtype=dtype if x.dim() == 3 else torch.float32)
+        torch.empty_like(
+            x,
+            dtype=dtype if x.dim() == 3 else torch.float32,
+            memory_format=torch.contiguous_format,
+        )
         for x in (value, dst, src, rel)
     ]
     jit.load("cpu")
