@@ -50,11 +50,11 @@ def forward(
     aggregation = _AGGREGATIONS.index(aggr)
     jit.load("cpu")
     if isinstance(graph, Bands):
-        torch.ops.rdfkern._relation_conv_bands_fwd_cpu(
+        torch.ops.rdfkern._relation_conv_bands_fwd_cpu.default(
             *inputs, *_contiguous(graph), past, future, aggregation, out
         )
     else:
-        torch.ops.rdfkern._relation_conv_edges_fwd_cpu(
+        torch.ops.rdfkern._relation_conv_edges_fwd_cpu.default(
             *inputs, edge_weight, *graph, aggregation, out
         )
     return out
@@ -84,11 +84,11 @@ def backward(
     aggregation = _AGGREGATIONS.index(aggr)
     jit.load("cpu")
     if isinstance(graph, Bands):
-        torch.ops.rdfkern._relation_conv_bands_bwd_cpu(
+        torch.ops.rdfkern._relation_conv_bands_bwd_cpu.default(
             *inputs, *_contiguous(graph), past, future, aggregation, *filled
         )
     else:
-        torch.ops.rdfkern._relation_conv_edges_bwd_cpu(
+        torch.ops.rdfkern._relation_conv_edges_bwd_cpu.default(
             *inputs, edge_weight, *graph, aggregation, *filled, wide_dedge
         )
     return dx, dweight, None if wide_dedge is None else wide_dedge.to(x.dtype), droot
@@ -96,12 +96,13 @@ def backward(
 
 def _contiguous(graph: Bands) -> tuple[Tensor, ...]:
     tensors = (graph.order, graph.position, graph.start, graph.table)
-    return tuple(tensor.contiguous() for tensor in tensors)
+    return tuple(tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors)
 
 
 def _blocks(weight: Tensor) -> Tensor:
     """(R, NB, in/NB, out/NB) float32 whose rows have unit strides."""
-    return _unit_stride(_as_blocks(weight).to(torch.float32))
+    blocks = _as_blocks(weight)
+    return _unit_stride(blocks if blocks.dtype == torch.float32 else blocks.float())
 
 
 def _root_block(root: Tensor | None) -> Tensor | None:

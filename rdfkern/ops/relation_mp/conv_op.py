@@ -56,6 +56,8 @@ KERNELS = {
     "cuda": ".conv_cuda",
 }
 
+_modules: dict[str, Any] = {}
+
 # With weights in one block, sums or means, and targets that are the sources.
 WITH_ROOT = ("cpu",)
 
@@ -250,7 +252,9 @@ def _named(graph: Sequence[Tensor], past: int) -> Bands | EdgeLists:
 
 
 def _kernels(impl: str) -> Any:
-    return importlib.import_module(KERNELS[impl], package=__package__)
+    if impl not in _modules:
+        _modules[impl] = importlib.import_module(KERNELS[impl], package=__package__)
+    return _modules[impl]
 
 
 def _wide(tensor: Tensor) -> Tensor:
