@@ -96,7 +96,8 @@ class Forward {
 
     int64_t rows_of_statistics() const { return problem.within ? panel.rows() : 0; }
 
-    // In `rows`, whose width is padded; across relations they are still to be divided by the sums.
+    // Fills `rows`, whose width is padded. Under a softmax across relations they are still to be
+    // divided by its sums.
     void attend(float* rows, int64_t stride) {
       products = rows;
       products_stride = stride;

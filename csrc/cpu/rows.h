@@ -169,9 +169,10 @@ class Scratch {
 
 enum class Tasks { kNear, kInOrder };
 
-// Runs body(next) on each thread of torch's pool; next() hands out every task once, then -1. kNear: a
-// thread begins with a range of its own, whose rows its cache may have from the call before, and
-// takes of the others' afterwards. kInOrder: all take the first that is left, as where costs fall.
+// Runs body(next) on each thread of torch's pool; next() hands out every task once, then -1. kNear:
+// each thread begins with a range of its own, whose rows may be in its cache since the call before,
+// and then helps the others. kInOrder: all take the first task left; for tasks that come largest
+// first.
 template <Tasks ORDER = Tasks::kNear, class Body>
 void for_each_task(int64_t tasks, const Body& body) {
   struct alignas(64) Range {
