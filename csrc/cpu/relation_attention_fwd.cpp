@@ -191,15 +191,10 @@ class Forward {
       }
       const Block values = read_head(problem.values, panel.head, block.first, block.count,
                                      problem.value_dim, value_rows);
-      auto multiply = [&](auto update) {
-        gemm<Order::kColumns, decltype(update)::value>(
-            panel.targets.count, problem.value_width, block.count, tile, kStride, values.data,
-            values.stride, products, products_stride, softmax.rescale);
-      };
-      if (block.first == panel.sources.first)
-        multiply(std::integral_constant<Update, Update::kOverwrite>{});
-      else
-        multiply(std::integral_constant<Update, UPDATE>{});
+      const bool is_first = block.first == panel.sources.first;
+      (is_first ? gemm<Order::kColumns, Update::kOverwrite> : gemm<Order::kColumns, UPDATE>)(
+          panel.targets.count, problem.value_width, block.count, tile, kStride, values.data,
+          values.stride, products, products_stride, softmax.rescale, Nothing{}, kTileColumns);
     }
   };
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -171,6 +172,12 @@ def _import(module: str, function: str) -> None:
     if (module, function) not in _imported:
         imported = importlib.import_module(module, package="rdfkern")
         _imported[module, function] = getattr(imported, function)
+
+
+@cache
+def kernel_module(name: str, package: str) -> Any:
+    """The module, imported at the first call; asking for it again takes longer otherwise."""
+    return importlib.import_module(name, package=package)
 
 
 def _outer_request() -> str:

@@ -34,8 +34,8 @@ FAULTS = {
     ),
     "every block of sources starts the sums": (
         "relation_attention_fwd.cpp",
-        "if (block.first == panel.sources.first)",
-        "if (true)",
+        "const bool is_first = block.first == panel.sources.first;",
+        "const bool is_first = true;",
         WIDE,
     ),
     "later sources count as earlier": (

@@ -12,7 +12,6 @@ gradients of the three are empty for the operators, and None for kernels.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +20,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..._backends.autograd import is_recorded, record
+from ..._backends.dispatch import kernel_module
 from .flops import register_when_counted
 from .formula import Coefficient, compute_dtype
 from .native_arguments import backward_chunks, kv_tasks
 
 KERNELS = {"triton": ".triton", "cuda": ".cuda", "cpu": ".native"}
-_modules: dict[str, Any] = {}
 # Kernels that take packed tensors as they are.
 PACKED = ("cpu",)
 # Kernels whose O is that of the first map, with a norm or without.
@@ -417,8 +416,7 @@ def _chosen(values: tuple[Any, ...]) -> tuple[Any, dict[str, Any], bool]:
     """(kernel module, its options with the seed as a number, whether it needs a view)."""
     options = _options(values)
     impl = options.pop("impl")
-    if impl not in _modules:
-        _modules[impl] = importlib.import_module(KERNELS[impl], package=__package__)
     if options["seed"] is not None:
         options["seed"] = int(options["seed"])
-    return _modules[impl], options, options["cu_seqlens_q"] is not None and impl not in PACKED
+    kernels = kernel_module(KERNELS[impl], __package__)
+    return kernels, options, options["cu_seqlens_q"] is not None and impl not in PACKED

@@ -41,7 +41,6 @@ at least 1 (there may still be no edges).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +49,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..._backends.autograd import is_recorded, record
+from ..._backends.dispatch import kernel_module
 from . import attention_gat, bands
 from .bands import EdgeLists
 from .graph import RelationGraph
@@ -61,7 +61,6 @@ KERNELS = {
     "cuda": ".attention_cuda",
 }
 KEEPS_SOFTMAX = ("triton", "cpu")
-_modules: dict[str, Any] = {}
 
 _INPUTS = "Tensor value, Tensor dst, Tensor src, Tensor rel"
 _OPTIONS = (
@@ -278,9 +277,7 @@ def _chosen(
     impl: str,
 ) -> tuple[Any, dict[str, Any], bool]:
     """(kernel module, its options, whether logits of values must be made for it)."""
-    if impl not in _modules:
-        _modules[impl] = importlib.import_module(KERNELS[impl], package=__package__)
-    kernels = _modules[impl]
+    kernels = kernel_module(KERNELS[impl], __package__)
     options = {
         "seed": None if seed is None else int(seed),
         "scale": scale,

@@ -96,13 +96,12 @@ def backward(
 
 def _contiguous(graph: Bands) -> tuple[Tensor, ...]:
     tensors = (graph.order, graph.position, graph.start, graph.table)
-    return tuple(tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors)
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _blocks(weight: Tensor) -> Tensor:
     """(R, NB, in/NB, out/NB) float32 whose rows have unit strides."""
-    blocks = _as_blocks(weight)
-    return _unit_stride(blocks if blocks.dtype == torch.float32 else blocks.float())
+    return _unit_stride(_as_blocks(weight).to(torch.float32))
 
 
 def _root_block(root: Tensor | None) -> Tensor | None:

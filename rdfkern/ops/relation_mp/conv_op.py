@@ -37,7 +37,6 @@ directions: out_i gets x_i · root, which saves passes over rows and memory. The
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +45,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..._backends.autograd import is_recorded, record
+from ..._backends.dispatch import kernel_module
 from . import bands
 from .bands import EXPLICIT, Bands, EdgeLists
 from .graph import RelationGraph
@@ -55,8 +55,6 @@ KERNELS = {
     "triton": ".conv_triton",
     "cuda": ".conv_cuda",
 }
-
-_modules: dict[str, Any] = {}
 
 # With weights in one block, sums or means, and targets that are the sources.
 WITH_ROOT = ("cpu",)
@@ -252,9 +250,7 @@ def _named(graph: Sequence[Tensor], past: int) -> Bands | EdgeLists:
 
 
 def _kernels(impl: str) -> Any:
-    if impl not in _modules:
-        _modules[impl] = importlib.import_module(KERNELS[impl], package=__package__)
-    return _modules[impl]
+    return kernel_module(KERNELS[impl], __package__)
 
 
 def _wide(tensor: Tensor) -> Tensor:
