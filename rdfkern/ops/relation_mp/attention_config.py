@@ -44,27 +44,34 @@ class Tiles:
 DEFAULTS = {
     "forward": {
         "sm_80": (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
-        "sm_90": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
+        "sm_90": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2)),
         "sm_100": (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
         "gfx": (Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
     "targets": {
         "sm_80": (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 16, 8, 1)),
-        "sm_90": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 1)),
+        "sm_90": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
         "sm_100": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 1)),
         "gfx": (Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 8, 1)),
     },
     "sources": {
         "sm_80": (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
-        "sm_90": (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 64, 8, 1)),
-        "sm_100": (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 64, 8, 1)),
+        "sm_90": (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1)),
+        "sm_100": (Tiles(64, 64, 8, 2), Tiles(32, 64, 4, 2), Tiles(16, 64, 8, 1)),
+        "gfx": (Tiles(32, 64, 8, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 8, 1)),
+    },
+    # For sources, with a softmax for each relation, whose statistics differ from pair to pair.
+    "within sources": {
+        "sm_80": (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
+        "sm_90": (Tiles(32, 64, 8, 2), Tiles(16, 64, 8, 2), Tiles(16, 32, 8, 1)),
+        "sm_100": (Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 64, 8, 1)),
         "gfx": (Tiles(32, 64, 8, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 8, 1)),
     },
     # Forward and for targets, with a softmax for each relation.
     "within": {
         "sm_80": (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2), Tiles(16, 16, 8, 1)),
         "sm_90": (Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 16, 8, 1)),
-        "sm_100": (Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 1), Tiles(32, 16, 8, 1)),
+        "sm_100": (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1), Tiles(16, 32, 8, 1)),
         "gfx": (Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 16, 8, 1)),
     },
 }
@@ -132,7 +139,7 @@ def needed_bytes(
 ) -> int:
     """Shared memory of the operands: what stays for a whole program, and the pipeline's stages."""
     resident, streamed = tiles.block_m, tiles.block_n
-    if kernel == "sources":
+    if kernel in ("sources", "within sources"):
         resident, streamed = streamed, resident
     if architecture.startswith("gfx"):
         # AMD's compilers keep in registers what stays.

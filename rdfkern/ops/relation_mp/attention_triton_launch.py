@@ -204,7 +204,7 @@ def windows_by_source_launch(
         relation_attn_bwd_src_kernel,
         lambda meta: (triton.cdiv(nodes, meta["BLOCK_N"]) * problem.heads,),
         {
-            **_windows_arguments(problem, "sources"),
+            **_windows_arguments(problem, "within sources" if problem.within else "sources"),
             "grad_ptr": grad,
             "grad_strides": grad.stride()[:2],
             "delta_ptr": delta,
