@@ -38,42 +38,42 @@ class Tiles:
         }
 
 
-# By kernel and generation: tiles for two-byte types, for widths (of two keys, or of the value) up
-# to 128 and up to 256. A program of 8 warps has 255 registers a thread and one place on a
+# By kernel and generation: `Tiles` for two-byte types, for widths (of two keys, or of the value) up
+# to 64, 128, 256 and 512. A program of 8 warps has 255 registers a thread and one place on a
 # multiprocessor: two float32 accumulators of 128 x 128 leave the forward half of them.
 DEFAULTS = {
     "forward": {
-        "sm_80": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
-        "sm_90": (Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 2)),
-        "sm_100": (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-        "gfx": (Tiles(64, 64, 4, 2), Tiles(64, 32, 8, 2)),
+        "sm_80": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+        "sm_90": ((128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
+        "sm_100": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        "gfx": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
     },
     "split": {
-        "sm_80": (Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2)),
-        "sm_90": (Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2)),
-        "sm_100": (Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2)),
-        "gfx": (Tiles(16, 64, 4, 2), Tiles(16, 32, 4, 2)),
+        "sm_80": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 8, 2)),
+        "sm_90": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 8, 2)),
+        "sm_100": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2), (16, 16, 8, 2)),
+        "gfx": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
     },
     "one_pass": {
-        "sm_80": (Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2)),
-        "sm_90": (Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2)),
-        "sm_100": (Tiles(64, 64, 8, 2), Tiles(64, 16, 8, 2)),
-        "gfx": (Tiles(64, 32, 4, 1), Tiles(32, 16, 8, 1)),
+        "sm_80": ((64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (16, 16, 8, 2)),
+        "sm_90": ((64, 32, 8, 2), (128, 32, 8, 2), (64, 16, 8, 2), (16, 32, 8, 1)),
+        "sm_100": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 2), (16, 32, 8, 1)),
+        "gfx": ((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 8, 1), (16, 16, 4, 1)),
     },
     "keys": {
-        "sm_80": (Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2)),
-        "sm_90": (Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2)),
-        "sm_100": (Tiles(64, 64, 8, 2), Tiles(64, 16, 8, 2)),
-        "gfx": (Tiles(64, 32, 4, 1), Tiles(32, 16, 8, 1)),
+        "sm_80": ((64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 2)),
+        "sm_90": ((64, 32, 8, 2), (128, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 2)),
+        "sm_100": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 2), (32, 16, 8, 2)),
+        "gfx": ((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 8, 1), (16, 16, 4, 1)),
     },
     "queries": {
-        "sm_80": (Tiles(32, 64, 4, 2), Tiles(64, 32, 8, 2)),
-        "sm_90": (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-        "sm_100": (Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 2)),
-        "gfx": (Tiles(64, 32, 8, 1), Tiles(32, 16, 8, 1)),
+        "sm_80": ((32, 64, 4, 2), (32, 64, 4, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+        "sm_90": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        "sm_100": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+        "gfx": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)),
     },
 }
-WIDTHS = (128, 256)
+WIDTHS = (64, 128, 256, 512)
 
 # Up to this many rows (queries times the heads of a group) and from this many keys on, keys are
 # split among programs when no gradient is needed: a part has at least half that many, and there
@@ -113,14 +113,12 @@ def tiles(
 ) -> Tiles:
     """Launch configuration of a kernel (a key of DEFAULTS) for padded widths of the tiles."""
     width = max(2 * head_dim, value_dim)
-    chosen = DEFAULTS[kernel][_generation(architecture)][0 if width <= WIDTHS[0] else 1]
-    excess = -(-width // WIDTHS[1]) * dtype.itemsize // 2
-    if excess > 1:
-        # What is as many times as wide or as long gets as many times fewer rows and keys.
+    at = next(at for at, most in enumerate(WIDTHS) if width <= most)
+    chosen = Tiles(*DEFAULTS[kernel][_generation(architecture)][at])
+    if dtype == torch.float32:
+        # What is twice as long gets half as many rows and keys.
         chosen = replace(
-            chosen,
-            block_m=max(16, chosen.block_m // excess),
-            block_n=max(16, chosen.block_n // excess),
+            chosen, block_m=max(16, chosen.block_m // 2), block_n=max(16, chosen.block_n // 2)
         )
     limit = shared_bytes(architecture)
     while needed_bytes(kernel, chosen, head_dim, value_dim, dtype, architecture) > limit:
