@@ -29,6 +29,7 @@ from rdfkern.testing import assert_within_budget
 INTERPRETED = interpreted()
 REASON = rdfkern.available_backends("relation_attention")["triton"]
 DEVICE = "cpu" if INTERPRETED else "cuda"
+SIMULATED = INTERPRETED or "ttsem" in sys.modules
 # On hardware, and under ttsem, exp2 is an approximation of two units in the last place.
 FACTOR, RMS = (2.0, 2.0) if INTERPRETED else (4.0, 3.0)
 
@@ -41,6 +42,13 @@ def kernels_run(test):
 
 
 def on_a_gpu(test):
+    reason = "kernels are simulated" if SIMULATED else str(REASON)
+    skip = pytest.mark.skipif(SIMULATED or REASON is not None, reason=reason)
+    return pytest.mark.gpu(skip(test))
+
+
+def compiled(test):
+    """On a GPU, or on the one that ttsem makes."""
     reason = "interpreted" if INTERPRETED else str(REASON)
     skip = pytest.mark.skipif(INTERPRETED or REASON is not None, reason=reason)
     return pytest.mark.gpu(skip(test))
@@ -56,8 +64,13 @@ def run_this_file(*command, env=None, select="not slow"):
     )
 
 
+selections = pytest.mark.parametrize(
+    "select", ["not slow", pytest.param("slow", marks=pytest.mark.slow)]
+)
+
+
 @outside
-@pytest.mark.parametrize("select", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@selections
 def test_in_the_interpreter(select):
     run = run_this_file("-m", "pytest", env={"TRITON_INTERPRET": "1"}, select=select)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -65,11 +78,11 @@ def test_in_the_interpreter(select):
 
 
 @outside
-@pytest.mark.slow
-def test_under_ttsem():
+@selections
+def test_under_ttsem(select):
     if importlib.util.find_spec("ttsem") is None:
         pytest.skip("ttsem is not installed: pip install --ignore-requires-python --no-deps ttsem")
-    run = run_this_file("-m", "ttsem.sanitize", "pytest")
+    run = run_this_file("-m", "ttsem.sanitize", "pytest", select=select)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 
@@ -633,7 +646,7 @@ LONG = {
 }
 
 
-@on_a_gpu
+@compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GRAPHS)

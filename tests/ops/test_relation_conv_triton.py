@@ -58,8 +58,13 @@ def run_this_file(*command, env=None, select="not slow"):
     )
 
 
+selections = pytest.mark.parametrize(
+    "select", ["not slow", pytest.param("slow", marks=pytest.mark.slow)]
+)
+
+
 @outside
-@pytest.mark.parametrize("select", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@selections
 def test_in_the_interpreter(select):
     run = run_this_file("-m", "pytest", env={"TRITON_INTERPRET": "1"}, select=select)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -67,10 +72,11 @@ def test_in_the_interpreter(select):
 
 
 @outside
-def test_under_ttsem():
+@selections
+def test_under_ttsem(select):
     if importlib.util.find_spec("ttsem") is None:
         pytest.skip("ttsem is not installed: pip install --ignore-requires-python --no-deps ttsem")
-    run = run_this_file("-m", "ttsem.sanitize", "pytest")
+    run = run_this_file("-m", "ttsem.sanitize", "pytest", select=select)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 
