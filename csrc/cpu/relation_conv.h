@@ -46,17 +46,34 @@ class WorksOfRelations {
   std::vector<Place> places_;
 };
 
+// A tensor (R, NB, rows, columns) whose last stride is 1; without blocks it is (R, rows, columns), and
+// for one relation (rows, columns).
+struct Matrices {
+  char* data;
+  ScalarType type;
+  int64_t rows, columns, row_stride, relations = 1, relation_stride = 0, blocks = 1,
+                                     block_stride = 0;
+
+  explicit Matrices(const Tensor& tensor)
+      : data(static_cast<char*>(tensor.data_ptr())), type(tensor.scalar_type()),
+        rows(tensor.size(tensor.dim() - 2)), columns(tensor.size(tensor.dim() - 1)),
+        row_stride(tensor.stride(tensor.dim() - 2)) {
+    if (tensor.dim() > 2) relations = tensor.size(0), relation_stride = tensor.stride(0);
+    if (tensor.dim() > 3) blocks = tensor.size(1), block_stride = tensor.stride(1);
+  }
+};
+
 // Float matrices (R, NB, rows, columns), columns in whole vectors; `transposed` swaps the last two
-// dimensions of the tensor. They are the tensor's own memory, or copies in panels of kTileColumns
+// dimensions of the given ones. They are their own memory, or copies in panels of kTileColumns
 // columns, as few of many long rows find room in the cache: copies of all relations in use or, where
 // each has few uses, one made for each use.
 class Weights {
  public:
-  Weights(const Tensor& tensor, const std::vector<int64_t>& uses, bool transposed)
-      : blocks(tensor.size(1)), rows(tensor.size(transposed ? 3 : 2)),
-        columns(tensor.size(transposed ? 2 : 3)), padded_columns(padded(columns)),
-        data_(static_cast<const float*>(tensor.data_ptr())), relation_stride_(tensor.stride(0)),
-        block_stride_(tensor.stride(1)), row_stride_(tensor.stride(2)), transposed_(transposed) {
+  Weights(const Matrices& given, const std::vector<int64_t>& uses, bool transposed)
+      : blocks(given.blocks), rows(transposed ? given.columns : given.rows),
+        columns(transposed ? given.rows : given.columns), padded_columns(padded(columns)),
+        data_(reinterpret_cast<const float*>(given.data)), relation_stride_(given.relation_stride),
+        block_stride_(given.block_stride), row_stride_(given.row_stride), transposed_(transposed) {
     constexpr int64_t kLong = 256, kFew = 3, kSmall = 1 << 16;
     copies_ = transposed || columns % kLanes != 0 || columns >= kLong;
     if (!copies_) return;
@@ -65,8 +82,8 @@ class Weights {
     const int64_t all_uses = std::accumulate(uses.begin(), uses.end(), int64_t(0));
     if (floats <= kSmall && all_uses <= kFew * in_use) return;
     copy_of_block_ = floats;
-    buffer_ = Buffer(tensor.size(0) * blocks * floats);
-    torch::stable::parallel_for(0, tensor.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
+    buffer_ = Buffer(given.relations * blocks * floats);
+    torch::stable::parallel_for(0, given.relations * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at)
         if (uses[at / blocks]) copy(at / blocks, at % blocks, buffer_.data() + at * floats);
     });
@@ -163,14 +180,14 @@ class Weights {
   Buffer buffer_;
 };
 
-// The weight (1, 1, in, out) of every row's own features, or none; the targets are the sources then.
+// The weight (in, out) of every row's own features, or none; the targets are the sources then.
 class RootWeight {
  public:
   RootWeight(const std::optional<Tensor>& tensor, int64_t sources, int64_t targets, int64_t uses,
              bool transposed) {
     if (!tensor) return;
     if (sources != targets) throw std::invalid_argument("root needs targets that are the sources");
-    weights_.emplace(*tensor, std::vector<int64_t>{uses}, transposed);
+    weights_.emplace(Matrices(*tensor), std::vector<int64_t>{uses}, transposed);
   }
   const Weights* get() const { return weights_ ? &*weights_ : nullptr; }
 

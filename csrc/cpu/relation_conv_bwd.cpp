@@ -14,16 +14,16 @@ namespace {
 // over all tiles in order: the same bits for any number of threads.
 template <class Op, bool OF_X, class View>
 void weight_gradient(const View& view, const Gradients& given) {
-  const Tensor& dweight = *given.dweight;
-  const int64_t relations = dweight.size(0), blocks = dweight.size(1);
-  const int64_t height = dweight.size(2), columns = dweight.size(3);
+  const Matrices dweight(*given.dweight);
+  const int64_t relations = dweight.relations, blocks = dweight.blocks;
+  const int64_t height = dweight.rows, columns = dweight.columns;
   const Block& aggregated = OF_X ? given.x : given.grad_out;
   const Block& taken = OF_X ? given.grad_out : given.x;
   const int64_t whole = OF_X ? height : columns, other = OF_X ? columns : height;
   const int64_t part = relations * blocks >= 16 ? std::min<int64_t>(whole, 256) : 128;
   const int64_t parts = (whole + part - 1) / part, size = view.largest_tile();
   const int64_t ldz = padded(part), ldt = padded(other);
-  const ScalarType type = dweight.scalar_type();
+  const ScalarType type = dweight.type;
   const bool in_place = type == ScalarType::Float && columns % kLanes == 0;
   const int64_t ldc = in_place ? columns : OF_X ? ldt : ldz;
   const WorksOfRelations<View> works(view);
@@ -34,8 +34,8 @@ void weight_gradient(const View& view, const Gradients& given) {
       const int64_t rows_of_sums = OF_X ? count : height;
       const int64_t sum_width = OF_X ? ldt : padded(count);
       const int64_t to_block = (relation * blocks + block) * height * columns;
-      char* target = static_cast<char*>(dweight.data_ptr()) +
-                     (to_block + (OF_X ? first * columns : first)) * bytes_of(type);
+      char* target =
+          dweight.data + (to_block + (OF_X ? first * columns : first)) * bytes_of(type);
       Scratch scratch(size * (ldz + ldt) + (in_place ? 0 : rows_of_sums * ldc) + 2 * size + 80);
       float* z = scratch.take(size * ldz);
       float* gathered = scratch.take(size * ldt);
@@ -97,18 +97,41 @@ void root_gradient(const Gradients& given, int64_t count, const Tensor& droot) {
   });
 }
 
-void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+// dbias = the sum of the rows of grad_out, of many of them by sums of 4096: a long one rounds more.
+void bias_gradient(const Gradients& given, int64_t count, const Tensor& dbias) {
+  constexpr int64_t kPart = kTileColumns, kRows = 4096;
+  for_each_task((given.width_out + kPart - 1) / kPart, [&](auto next) {
+    const float one = 1.0f;
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t first = task * kPart, columns = std::min(kPart, given.width_out - first);
+      float total[kPart] = {};
+      for (int64_t row = 0; row < count; row += kRows) {
+        float sums[kPart] = {};
+        gemm<Order::kColumns, Update::kAdd>(
+            1, padded(columns), std::min(kRows, count - row), &one, 0,
+            given.grad_out.from(row).data + first, given.grad_out.stride, sums, kPart);
+        add_row(sums, kPart, total);
+      }
+      std::copy_n(total, columns, static_cast<float*>(dbias.data_ptr()) + first);
+    }
+  });
+}
+
+void bands(const Tensor& grad_out, const Tensor& x, const Tensor& weight_of,
            const std::optional<Tensor>& root, const Tensor& order, const Tensor& position,
            const Tensor& start, const Tensor& table, int64_t past, int64_t future,
            int64_t aggregation, const std::optional<Tensor>& dx,
-           const std::optional<Tensor>& dweight, const std::optional<Tensor>& droot) {
+           const std::optional<Tensor>& dweight, const std::optional<Tensor>& droot,
+           const std::optional<Tensor>& dbias) {
   ask_for_huge_pages({dx, dweight});
-  const BandGraph graph(order, position, start, table, weight.size(0), past, future);
+  const Matrices weight(weight_of);
+  const BandGraph graph(order, position, start, table, weight.relations, past, future);
   const FloatRows x_rows(Table(x), graph.order.data(), false);
   const FloatRows grad_rows(Table(grad_out), graph.order.data(), false);
   const Gradients given{x_rows.block(), grad_rows.block(), x.size(1), grad_out.size(1), weight,
                         Aggregation(aggregation), dx, dweight};
   BandView targets(graph, false);
+  if (dbias) bias_gradient(given, grad_out.size(0), *dbias);
   if (given.aggregation == Aggregation::kMax) {
     targets.prepare_totals<Max>(given.x, given.width_in);
     if (dx)
@@ -166,28 +189,30 @@ void edge_gradients(const EdgeView& targets, const Gradients& given, float* edge
   });
 }
 
-void edges(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+void edges(const Tensor& grad_out, const Tensor& x, const Tensor& weight_of,
            const std::optional<Tensor>& root, const std::optional<Tensor>& edge_weight,
            const Tensor& dst_start, const Tensor& dst_source, const Tensor& dst_relation,
            const Tensor& dst_edge, const Tensor& dst_count, const Tensor& src_start,
            const Tensor& src_target, const Tensor& src_relation, const Tensor& src_edge,
            const Tensor& src_count, int64_t aggregation, const std::optional<Tensor>& dx,
            const std::optional<Tensor>& dweight, const std::optional<Tensor>& droot,
-           const std::optional<Tensor>& dedge_weight) {
+           const std::optional<Tensor>& dbias, const std::optional<Tensor>& dedge_weight) {
   ask_for_huge_pages({dx, dweight});
   const Edges by_target{Indices(dst_start), Indices(dst_source), Indices(dst_relation),
                         Indices(dst_edge), Indices(dst_count)};
   const Edges by_source{Indices(src_start), Indices(src_target), Indices(src_relation),
                         Indices(src_edge), Indices(src_count)};
-  const bool in_place = weight.size(1) == 1;
+  const Matrices weight(weight_of);
+  const bool in_place = weight.blocks == 1;
   const FloatRows x_rows(Table(x), nullptr, in_place);
   const FloatRows grad_rows(Table(grad_out), nullptr, in_place);
   const Gradients given{x_rows.block(), grad_rows.block(), x.size(1), grad_out.size(1), weight,
                         Aggregation(aggregation), dx, dweight};
   float* edge_gradient =
       dedge_weight ? static_cast<float*>(dedge_weight->data_ptr()) : nullptr;
-  const int64_t relations = weight.size(0);
+  const int64_t relations = weight.relations;
   const EdgeView targets(by_target, relations, edge_weight, false);
+  if (dbias) bias_gradient(given, grad_out.size(0), *dbias);
   if (given.aggregation == Aggregation::kMax) {
     if (dx || dedge_weight)
       pass_through_maxima(targets, EdgeView(by_source, relations, edge_weight, false), given,
@@ -208,7 +233,7 @@ void edges(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
   }
   if (droot) root_gradient(given, x.size(0), *droot);
   if (dweight) {
-    const int64_t entries = given.width_in * weight.size(3);
+    const int64_t entries = given.width_in * weight.columns;
     const double of_x = operations(targets, given.width_in, entries);
     if (operations(sources, given.width_out, entries) < of_x)
       weight_gradient<Sum, false>(sources, given);
@@ -225,13 +250,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rdfkern, m) {
   m.def(
       "_relation_conv_bands_bwd_cpu(Tensor grad_out, Tensor x, Tensor weight, Tensor? root, "
       "Tensor order, Tensor position, Tensor start, Tensor table, int past, int future, "
-      "int aggregation, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? droot) -> ()");
+      "int aggregation, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? droot, "
+      "Tensor(d!)? dbias) -> ()");
   m.def(
       "_relation_conv_edges_bwd_cpu(Tensor grad_out, Tensor x, Tensor weight, Tensor? root, "
       "Tensor? edge_weight, Tensor dst_start, Tensor dst_source, Tensor dst_relation, "
       "Tensor dst_edge, Tensor dst_count, Tensor src_start, Tensor src_target, "
       "Tensor src_relation, Tensor src_edge, Tensor src_count, int aggregation, "
-      "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? droot, Tensor(d!)? dedge_weight) -> ()");
+      "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? droot, Tensor(d!)? dbias, "
+      "Tensor(e!)? dedge_weight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rdfkern, CPU, m) {

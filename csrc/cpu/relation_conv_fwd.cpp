@@ -23,12 +23,13 @@ std::optional<Table> table_of(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Table>(Table(*tensor)) : std::nullopt;
 }
 
-void forward_bands(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& root,
+void forward_bands(const Tensor& x, const Tensor& weight_of, const std::optional<Tensor>& root,
                    const std::optional<Tensor>& addend, const Tensor& order,
                    const Tensor& position, const Tensor& start, const Tensor& table, int64_t past,
                    int64_t future, int64_t aggregation, const Tensor& out) {
   ask_for_huge_pages({out});
-  const BandGraph graph(order, position, start, table, weight.size(0), past, future);
+  const Matrices weight(weight_of);
+  const BandGraph graph(order, position, start, table, weight.relations, past, future);
   BandView view(graph, false);
   const FloatRows rows(Table(x), graph.order.data(), false);
   const Weights weights(weight, uses_of_relations(view), false);
@@ -38,7 +39,7 @@ void forward_bands(const Tensor& x, const Tensor& weight, const std::optional<Te
           added ? &*added : nullptr, out);
 }
 
-void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& root,
+void forward_edges(const Tensor& x, const Tensor& weight_of, const std::optional<Tensor>& root,
                    const std::optional<Tensor>& addend, const std::optional<Tensor>& edge_weight,
                    const Tensor& dst_start, const Tensor& dst_source, const Tensor& dst_relation,
                    const Tensor& dst_edge, const Tensor& dst_count, const Tensor& src_start,
@@ -49,14 +50,15 @@ void forward_edges(const Tensor& x, const Tensor& weight, const std::optional<Te
                         Indices(dst_edge), Indices(dst_count)};
   const Edges by_source{Indices(src_start), Indices(src_target), Indices(src_relation),
                         Indices(src_edge), Indices(src_count)};
-  EdgeView targets(by_target, weight.size(0), edge_weight, false);
-  const FloatRows rows(Table(x), nullptr, weight.size(1) == 1);
+  const Matrices weight(weight_of);
+  EdgeView targets(by_target, weight.relations, edge_weight, false);
+  const FloatRows rows(Table(x), nullptr, weight.blocks == 1);
   const Weights weights(weight, uses_of_relations(targets), false);
   const RootWeight root_weight(root, x.size(0), out.size(0), targets.tiles().size(), false);
   const std::optional<Table> added = table_of(addend);
   const Table* first = added ? &*added : nullptr;
   if (Aggregation(aggregation) != Aggregation::kMax) {
-    const EdgeView sources(by_source, weight.size(0), std::nullopt, false);
+    const EdgeView sources(by_source, weight.relations, std::nullopt, false);
     if (transforms_first(sources, targets, weights)) {
       convolve_products(sources, targets, rows.block(), weights, root_weight.get(),
                         Aggregation(aggregation) == Aggregation::kMean, first, Table(out));

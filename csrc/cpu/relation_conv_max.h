@@ -11,7 +11,7 @@ namespace rdfkern {
 struct Gradients {
   Block x, grad_out;
   int64_t width_in, width_out;
-  const Tensor& weight;
+  Matrices weight;
   Aggregation aggregation;
   const std::optional<Tensor>& dx;
   const std::optional<Tensor>& dweight;

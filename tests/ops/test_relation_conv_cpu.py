@@ -150,6 +150,12 @@ def test_implicit_graphs(case, aggr):
     check(graph, inputs_of(graph, width_in, width_out, ties=aggr == "max", **more), aggr)
 
 
+def test_gradients_that_are_sums_of_many_rows():
+    graph = bind(direction(2, 1, 0), (8500, 700))
+    more = {"root": rand(3, 70, seed=7), "bias": rand(70, seed=8)}
+    check(graph, inputs_of(graph, 3, 70, **more), "mean")
+
+
 # sources, targets, relations, edges
 GRAPHS = {
     "bipartite": (40, 25, 5, 300),
@@ -466,7 +472,7 @@ class TestRegisteredOperators:
         x = rand(graph.num_src, 6, seed=1)
         weight = random_weight(form, graph.num_relations, 6, 4)[0]
         root = rand(6, 4, seed=5) if form == "full" else None
-        addend = rand(4, seed=2).expand(graph.num_dst, -1)
+        addend = rand(4, seed=2) if explicit else rand(graph.num_dst, 4, seed=2)
         edge_weight = rand(90, seed=3) if explicit else None
         layout = (list(tensors), past, future, "mean")
         return x, weight, root, addend, edge_weight, layout, graph.num_dst
@@ -480,8 +486,8 @@ class TestRegisteredOperators:
             torch.ops.rdfkern.relation_conv_fwd.default,
             (x, weight, root, addend, edge_weight, *layout, num_dst, "cpu"),
         )
-        everything = [True, True, rooted, explicit]
-        for needs in (everything, [False, True, False, False], [True, False, False, False]):
+        everything = [True, True, rooted, True, explicit]
+        for needs in (everything, [False, True] + [False] * 3, [True] + [False] * 4):
             torch.library.opcheck(
                 torch.ops.rdfkern.relation_conv_bwd.default,
                 (rand(num_dst, 4, seed=4), x, weight, root, edge_weight, *layout, needs, "cpu"),
@@ -557,17 +563,18 @@ class TestRegisteredOperators:
 
         original = conv_native.backward
 
-        def spy(*arguments):
-            asked.append(arguments[-1])
-            return original(*arguments)
+        def spy(*arguments, root, needs_root, needs_bias):
+            asked.append((*arguments[-1], needs_root, needs_bias))
+            return original(*arguments, root=root, needs_root=needs_root, needs_bias=needs_bias)
 
         monkeypatch.setattr(conv_native, "backward", spy)
-        x, weight, edge_weight = rand(9, 4, seed=1), rand(3, 4, 2, seed=2), rand(20, seed=3)
-        for at in range(3):
-            leaves = [t.clone().requires_grad_(i == at) for i, t in enumerate((x, weight))]
-            edges = edge_weight.clone().requires_grad_(at == 2)
-            relation_conv(*leaves, graph, edge_weight=edges, impl="cpu").sum().backward()
-        assert asked == [(True, False, False), (False, True, False), (False, False, True)]
+        inputs = {"x": rand(9, 4, seed=1), "weight": rand(3, 4, 2, seed=2)}
+        inputs |= {"edge_weight": rand(20, seed=3), "root_weight": rand(4, 2, seed=4)}
+        inputs["bias"] = rand(2, seed=5)
+        for name in inputs:
+            leaves = {n: t.clone().requires_grad_(n == name) for n, t in inputs.items()}
+            relation_conv(**leaves, graph=graph, impl="cpu").sum().backward()
+        assert asked == [tuple(at == needed for at in range(5)) for needed in range(5)]
 
     @pytest.mark.parametrize("explicit", [False, True])
     def test_a_graph_first_used_in_inference_mode_still_trains(self, explicit):

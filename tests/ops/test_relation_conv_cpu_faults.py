@@ -122,6 +122,12 @@ FAULTS = {
         "given.x.data + first,",
         "given.x.data,",
     ),
+    "gradient of the bias from the first columns": (
+        "bwd",
+        "relation_conv_bwd.cpp",
+        "given.grad_out.from(row).data + first",
+        "given.grad_out.from(row).data",
+    ),
     "edge gradient of the mean not divided": (
         "bwd",
         "relation_conv_bwd.cpp",
@@ -175,12 +181,13 @@ def compare():
         # Edge weights of lists, the root weight of a rule.
         last = torch.randn(WIDTHS) if graph.is_implicit else torch.randn(400).sign()
         name = "root_weight" if graph.is_implicit else "edge_weight"
-        upstream = torch.randn(graph.num_dst, WIDTHS[1])
+        bias, upstream = torch.randn(WIDTHS[1]), torch.randn(graph.num_dst, WIDTHS[1])
         for aggr in ("sum", "mean", "max"):
             results = []
             for impl, dtype in (("cpu", torch.float32), ("torch", torch.float64)):
-                leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight, last)]
-                out = relation_conv(*leaves[:2], graph, aggr=aggr, impl=impl, **{name: leaves[2]})
+                leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight, last, bias)]
+                options = {"aggr": aggr, "impl": impl, name: leaves[2], "bias": leaves[3]}
+                out = relation_conv(*leaves[:2], graph, **options)
                 results.append([out, *torch.autograd.grad(out, leaves, upstream.to(dtype))])
             for got, want in zip(*results, strict=True):
                 limit = 1e-5 * float(want.detach().abs().max())

@@ -403,13 +403,13 @@ def test_registered_operators_give_the_shapes_that_their_fakes_promise():
         edge_weight = rand(30, seed=1) if past == bands.EXPLICIT else None
         given = (rand(9, 5, seed=2), rand(8, 5, 6, seed=3))
         rule = (list(tensors), past, future, aggr)
-        forward = (*given, None, rand(6, seed=4).expand(graph.num_dst, 6), edge_weight, *rule)
+        forward = (*given, None, rand(6, seed=4), edge_weight, *rule)
         torch.library.opcheck(
             torch.ops.rdfkern.relation_conv_fwd,
             (*forward, graph.num_dst, "cuda"),
             test_utils=checks,
         )
-        needs = [True, True, False, edge_weight is not None]
+        needs = [True, True, False, True, edge_weight is not None]
         backward = (rand(graph.num_dst, 6, seed=5), *given, None, edge_weight, *rule, needs, "cuda")
         torch.library.opcheck(torch.ops.rdfkern.relation_conv_bwd, backward, test_utils=checks)
 

@@ -574,9 +574,10 @@ def test_opcheck(implicit, aggr, monkeypatch):
     )
     rest = (list(tensors), past, future, aggr)
     forward, backward = torch.ops.rdfkern.relation_conv_fwd, torch.ops.rdfkern.relation_conv_bwd
-    arguments = (x, weight, None, None, factor, *rest, graph.num_dst, "triton")
+    bias = torch.randn(6).to(DEVICE)
+    arguments = (x, weight, None, bias, factor, *rest, graph.num_dst, "triton")
     torch.library.opcheck(forward.default, arguments)
-    needs = [True, True, False, not implicit]
+    needs = [True, True, False, True, not implicit]
     arguments = (grad, x, weight, None, factor, *rest, needs, "triton")
     torch.library.opcheck(backward.default, arguments)
 

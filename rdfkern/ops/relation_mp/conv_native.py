@@ -45,8 +45,7 @@ def forward(
 ) -> Tensor:
     """See conv_op."""
     out = x.new_empty((num_dst, conv_op.width_out(weight)))
-    addend = None if addend is None else _unit_stride(addend)
-    inputs = (_unit_stride(x), _blocks(weight), _root_block(root), addend)
+    inputs = (_unit_stride(x), _matrices(weight), _matrices(root), _unit_stride(addend))
     aggregation = _AGGREGATIONS.index(aggr)
     jit.load("cpu")
     if isinstance(graph, Bands):
@@ -73,14 +72,16 @@ def backward(
     *,
     root: Tensor | None = None,
     needs_root: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    needs_bias: bool = False,
+) -> tuple[Tensor | None, ...]:
     """See conv_op."""
     dx = x.new_empty(x.shape) if needs[0] else None
     dweight = weight.new_empty(weight.shape) if needs[1] else None
     droot = root.new_empty(root.shape) if needs_root else None
+    dbias = torch.empty(grad_out.shape[1:]) if needs_bias else None
     wide_dedge = torch.empty(edge_weight.shape) if needs[2] else None
-    inputs = (_unit_stride(grad_out), _unit_stride(x), _blocks(weight), _root_block(root))
-    filled = (dx, None if dweight is None else _as_blocks(dweight), droot)
+    inputs = (_unit_stride(grad_out), _unit_stride(x), _matrices(weight), _matrices(root))
+    filled = (dx, dweight, droot, dbias)
     aggregation = _AGGREGATIONS.index(aggr)
     jit.load("cpu")
     if isinstance(graph, Bands):
@@ -91,7 +92,7 @@ def backward(
         torch.ops.rdfkern._relation_conv_edges_bwd_cpu.default(
             *inputs, edge_weight, *graph, aggregation, *filled, wide_dedge
         )
-    return dx, dweight, None if wide_dedge is None else wide_dedge.to(x.dtype), droot
+    return dx, dweight, None if wide_dedge is None else wide_dedge.to(x.dtype), droot, dbias
 
 
 def _contiguous(graph: Bands) -> tuple[Tensor, ...]:
@@ -99,18 +100,12 @@ def _contiguous(graph: Bands) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def _blocks(weight: Tensor) -> Tensor:
-    """(R, NB, in/NB, out/NB) float32 whose rows have unit strides."""
-    return _unit_stride(_as_blocks(weight).to(torch.float32))
+def _matrices(weight: Tensor | None) -> Tensor | None:
+    """In float32, with rows of unit strides."""
+    if weight is not None and weight.dtype != torch.float32:
+        weight = weight.float()
+    return _unit_stride(weight)
 
 
-def _root_block(root: Tensor | None) -> Tensor | None:
-    return None if root is None else _unit_stride(root)[None, None]
-
-
-def _as_blocks(weight: Tensor) -> Tensor:
-    return weight if weight.dim() == 4 else weight[:, None]
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _unit_stride(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -14,8 +14,9 @@ are at least 1 (there may still be no edges).
         any strides (0 included). Basis weights arrive combined: R · B · in · out operations, few
         beside those of the nodes; their gradients are torch's.
     addend: None, or (N_dst, out) in x's dtype or float32, any strides: x_dst · root + bias, which
-        torch multiplies, or only the bias where `root` is given. It joins the sum before the one
-        rounding to x's dtype.
+        torch multiplies, or only the bias where there is no root or the kernel multiplies by it.
+        It joins the sum before the one rounding to x's dtype. The operators take a bias as it is,
+        (out,).
     edge_weight: None, or (E,) in x's dtype in the edges' own numbering; explicit graphs only.
     graph: `Bands` or `EdgeLists` (see bands.py).
     past, future: of implicit graphs, `UNLIMITED` without bound.
@@ -32,7 +33,8 @@ are at least 1 (there may still be no edges).
 
 Kernels of `WITH_ROOT` also take `root=`, None or float32 (in, out) of any strides, in both
 directions: out_i gets x_i · root, which saves passes over rows and memory. Their backward takes
-`needs_root=` and returns droot, float32, as a fourth.
+`needs_root=` and `needs_bias=` and returns, float32 or None, droot and the sum of the rows of
+grad_out as a fourth and a fifth.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ torch.library.define(
     "rdfkern::relation_conv_bwd",
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor? root, Tensor? edge_weight, "
     f"{_GRAPH}, bool[] needs, str impl) -> "
-    "(Tensor dx, Tensor dweight, Tensor droot, Tensor dedge_weight)",
+    "(Tensor dx, Tensor dweight, Tensor droot, Tensor dbias, Tensor dedge_weight)",
 )
 
 
@@ -90,18 +92,18 @@ def relation_conv(
     if coefficients is not None:
         bases = _wide(weight).flatten(1)  # [B, in * out]
         weight = (_wide(coefficients) @ bases).unflatten(1, weight.shape[1:])
-    addend = None if bias is None else _wide(bias).expand(graph.num_dst, -1)
+    addend = None if bias is None else _wide(bias)
     root = None if root_weight is None else _wide(root_weight)
     kernel_has_root = impl in WITH_ROOT and x_dst is x_src and weight.dim() == 3 and aggr != "max"
     if root is not None and not kernel_has_root:
         heard = _wide(x_dst) @ root
         addend, root = heard if addend is None else heard + addend, None
-    tensors, past, future = bands.layout(graph)
-    numbers = (past, future, aggr, graph.num_dst, impl)
+    tensors, *window = bands.layout(graph)
+    options = (*window, aggr, graph.num_dst, impl)
     inputs = (x_src, weight, root, addend, edge_weight)
     if not is_recorded(*inputs):
-        return torch.ops.rdfkern.relation_conv_fwd.default(*inputs, list(tensors), *numbers)
-    return record(_RelationConv, *inputs, *numbers, *tensors)
+        return torch.ops.rdfkern.relation_conv_fwd.default(*inputs, list(tensors), *options)
+    return record(_RelationConv, *inputs, options, *tensors)
 
 
 class _RelationConv(torch.autograd.Function):
@@ -113,35 +115,34 @@ class _RelationConv(torch.autograd.Function):
         root: Tensor | None,
         addend: Tensor | None,
         edge_weight: Tensor | None,
-        past: int,
-        future: int,
-        aggr: str,
-        num_dst: int,
-        impl: str,
+        options: tuple[int, int, str, int, str],
         *graph: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, root, edge_weight, *graph)
-        ctx.options = (past, future, aggr, impl)
+        ctx.options = options
+        ctx.has_bias = addend is not None and addend.dim() == 1
         ctx.addend_dtype = None if addend is None else addend.dtype
         return torch.ops.rdfkern.relation_conv_fwd.default(
-            x, weight, root, addend, edge_weight, list(graph), past, future, aggr, num_dst, impl
+            x, weight, root, addend, edge_weight, list(graph), *options
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Any, ...]:
         x, weight, root, edge_weight, *graph = ctx.saved_tensors
-        past, future, aggr, impl = ctx.options
-        needs = [ctx.needs_input_grad[at] for at in (0, 1, 2, 4)]
-        gradients: list[Tensor | None] = [None] * 4
+        past, future, aggr, _, impl = ctx.options
+        needs = list(ctx.needs_input_grad[:5])
+        of_addend = needs[3]
+        needs[3] = of_addend and ctx.has_bias
+        gradients: list[Tensor | None] = [None] * 5
         if any(needs):
             results = torch.ops.rdfkern.relation_conv_bwd.default(
                 grad_out, x, weight, root, edge_weight, graph, past, future, aggr, needs, impl
             )
             gradients = [g if need else None for g, need in zip(results, needs, strict=True)]
-        dx, dweight, droot, dedge_weight = gradients
-        daddend = grad_out.to(ctx.addend_dtype) if ctx.needs_input_grad[3] else None
-        return dx, dweight, droot, daddend, dedge_weight, *(None,) * (5 + len(graph))
+        if of_addend and not ctx.has_bias:
+            gradients[3] = grad_out.to(ctx.addend_dtype)
+        return *gradients, *(None,) * (1 + len(graph))
 
 
 @torch.library.impl("rdfkern::relation_conv_fwd", ("cpu", "cuda"))
@@ -162,8 +163,9 @@ def _forward(
         out = x.new_zeros((num_dst, width_out(weight)))
         heard = addend if root is None else _wide(x) @ root + (0.0 if addend is None else addend)
         return out if heard is None else out.copy_(heard)
-    options = {} if root is None else {"root": root}
+    options = {"root": root} if impl in WITH_ROOT else {}
     graph = _named(graph, past)
+    addend = addend if addend is None else addend.expand(num_dst, -1)
     return _kernels(impl).forward(
         x, weight, addend, edge_weight, graph, past, future, aggr, num_dst, **options
     )
@@ -183,7 +185,7 @@ def _backward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, ...]:
-    for_x, for_weight, for_root, for_edges = needs
+    for_x, for_weight, for_root, for_bias, for_edges = needs
     if not (x.numel() and weight.numel() and grad_out.numel()):
         arguments = (graph, past, future, aggr, needs, impl)
         empty = _fake_backward(grad_out, x, weight, root, edge_weight, *arguments)
@@ -192,13 +194,18 @@ def _backward(
             gradients[0].copy_(_wide(grad_out) @ root.mT)
         if for_root:
             gradients[2].copy_(_wide(x).mT @ _wide(grad_out))
+        if for_bias:
+            gradients[3].copy_(_wide(grad_out).sum(0))
         return gradients
     inputs = (grad_out, x, weight, edge_weight, _named(graph, past), past, future, aggr)
-    options = {} if root is None else {"root": root, "needs_root": for_root}
-    dx, dweight, dedge_weight, *droot = _kernels(impl).backward(
+    options = {}
+    if impl in WITH_ROOT:
+        options = {"root": root, "needs_root": for_root, "needs_bias": for_bias}
+    dx, dweight, dedge_weight, *of_rows = _kernels(impl).backward(
         *inputs, (for_x, for_weight, for_edges), **options
     )
-    gradients = (dx, dweight, droot[0] if for_root else None, dedge_weight)
+    droot, dbias = of_rows or (None, _wide(grad_out).sum(0) if for_bias else None)
+    gradients = (dx, dweight, droot, dbias, dedge_weight)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -233,7 +240,7 @@ def _fake_backward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, ...]:
-    inputs = (x, weight, root, edge_weight)
+    inputs = (x, weight, root, _wide(grad_out.new_empty(grad_out.shape[1:])), edge_weight)
     return tuple(
         tensor.new_empty(tensor.shape) if need else x.new_empty(0)
         for tensor, need in zip(inputs, needs, strict=True)
