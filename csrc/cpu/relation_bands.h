@@ -222,17 +222,35 @@ class BandView {
     return (behind_ == kUnlimited || behind_ > kLong || ahead_ == kUnlimited || ahead_ > kLong);
   }
 
+  // The rows of a key, which hear the same relations, are cut into even tiles; keys of few rows share
+  // one.
   void cut_into_tiles() {
-    for (size_t g = 0; g < graph_.groups.size(); ++g)
-      for (int64_t begin = graph_.groups[g].begin; begin < graph_.groups[g].end;) {
-        if (tiles_.empty() || tiles_.back().count == tile_rows_)
-          tiles_.push_back({.first = begin, .count = 0});
+    int64_t most = 0;
+    for (size_t g = 0; g < graph_.groups.size(); ++g) {
+      const Group& group = graph_.groups[g];
+      if (g == 0 || group.key != graph_.groups[g - 1].key) {
+        const bool joins = g > 0 && 2 * tiles_.back().count <= tile_rows_;
+        const int64_t rows = rows_of_key_from(g);
+        const int64_t parts = (rows + tile_rows_ - 1) / tile_rows_;
+        most = joins ? tile_rows_ : (rows + parts - 1) / parts;
+        if (!joins) tiles_.push_back({.first = group.begin, .count = 0});
+      }
+      for (int64_t begin = group.begin; begin < group.end;) {
+        if (tiles_.back().count >= most) tiles_.push_back({.first = begin, .count = 0});
         BandTile& tile = tiles_.back();
-        const int64_t end = std::min(graph_.groups[g].end, begin + tile_rows_ - tile.count);
+        const int64_t end = std::min(group.end, begin + most - tile.count);
         tile.pieces.push_back({int64_t(g), begin, end, tile.count});
         tile.count += end - begin;
         begin = end;
       }
+    }
+  }
+
+  int64_t rows_of_key_from(size_t first) const {
+    size_t last = first;
+    while (last + 1 < graph_.groups.size() && graph_.groups[last + 1].key == graph_.groups[first].key)
+      ++last;
+    return graph_.groups[last].end - graph_.groups[first].begin;
   }
 
   void find_bands(BandTile& tile) const {
