@@ -51,8 +51,8 @@ class WorksOfRelations {
 struct Matrices {
   char* data;
   ScalarType type;
-  int64_t rows, columns, row_stride, relations = 1, relation_stride = 0, blocks = 1,
-                                     block_stride = 0;
+  int64_t rows, columns, row_stride;
+  int64_t relations = 1, relation_stride = 0, blocks = 1, block_stride = 0;
 
   explicit Matrices(const Tensor& tensor)
       : data(static_cast<char*>(tensor.data_ptr())), type(tensor.scalar_type()),
@@ -64,7 +64,7 @@ struct Matrices {
 };
 
 // Float matrices (R, NB, rows, columns), columns in whole vectors; `transposed` swaps the last two
-// dimensions of the given ones. They are their own memory, or copies in panels of kTileColumns
+// dimensions of the given ones. They are the memory of these, or copies in panels of kTileColumns
 // columns, as few of many long rows find room in the cache: copies of all relations in use or, where
 // each has few uses, one made for each use.
 class Weights {

@@ -100,20 +100,26 @@ void root_gradient(const Gradients& given, int64_t count, const Tensor& droot) {
 // dbias = the sum of the rows of grad_out, of many of them by sums of 4096: a long one rounds more.
 void bias_gradient(const Gradients& given, int64_t count, const Tensor& dbias) {
   constexpr int64_t kPart = kTileColumns, kRows = 4096;
-  for_each_task((given.width_out + kPart - 1) / kPart, [&](auto next) {
+  const auto add_up = [&](int64_t part) {
+    const int64_t first = part * kPart, columns = std::min(kPart, given.width_out - first);
     const float one = 1.0f;
-    for (int64_t task = next(); task >= 0; task = next()) {
-      const int64_t first = task * kPart, columns = std::min(kPart, given.width_out - first);
-      float total[kPart] = {};
-      for (int64_t row = 0; row < count; row += kRows) {
-        float sums[kPart] = {};
-        gemm<Order::kColumns, Update::kAdd>(
-            1, padded(columns), std::min(kRows, count - row), &one, 0,
-            given.grad_out.from(row).data + first, given.grad_out.stride, sums, kPart);
-        add_row(sums, kPart, total);
-      }
-      std::copy_n(total, columns, static_cast<float*>(dbias.data_ptr()) + first);
+    float total[kPart] = {};
+    for (int64_t row = 0; row < count; row += kRows) {
+      float sums[kPart] = {};
+      gemm<Order::kColumns, Update::kAdd>(1, padded(columns), std::min(kRows, count - row), &one, 0,
+                                          given.grad_out.from(row).data + first,
+                                          given.grad_out.stride, sums, kPart);
+      add_row(sums, kPart, total);
     }
+    std::copy_n(total, columns, static_cast<float*>(dbias.data_ptr()) + first);
+  };
+  const int64_t parts = (given.width_out + kPart - 1) / kPart;
+  if (count <= kRows) {  // less time than to wake a thread
+    for (int64_t part = 0; part < parts; ++part) add_up(part);
+    return;
+  }
+  for_each_task(parts, [&](auto next) {
+    for (int64_t part = next(); part >= 0; part = next()) add_up(part);
   });
 }
 
