@@ -147,7 +147,7 @@ def test_other_widths(architecture, kernel, head_dim, value_dim, measured):
     assert found["tensor_core_instructions"] >= found["dots"] >= DOTS_OF[kernel]
     for resource, limit in LIMITS[architecture].items():
         if (architecture, kernel, value_dim, resource) == ("sm_80", "one_pass", 512, "spilled"):
-            limit = 532  # of three gradients, 32 KiB of registers
+            limit = 532  # gradients of 16 keys and values alone fill a quarter of the registers
         assert found[resource] <= limit, resource
 
 
