@@ -222,18 +222,19 @@ class BandView {
     return (behind_ == kUnlimited || behind_ > kLong || ahead_ == kUnlimited || ahead_ > kLong);
   }
 
-  // The rows of a key, which hear the same relations, are cut into even tiles; keys of few rows share
-  // one.
+  // The rows of a key, which hear the same relations, are cut into even tiles. A key that follows on
+  // a tile less than half full, as keys of few rows leave it, fills that one first.
   void cut_into_tiles() {
     int64_t most = 0;
     for (size_t g = 0; g < graph_.groups.size(); ++g) {
       const Group& group = graph_.groups[g];
       if (g == 0 || group.key != graph_.groups[g - 1].key) {
-        const bool joins = g > 0 && 2 * tiles_.back().count <= tile_rows_;
-        const int64_t rows = rows_of_key_from(g);
-        const int64_t parts = (rows + tile_rows_ - 1) / tile_rows_;
-        most = joins ? tile_rows_ : (rows + parts - 1) / parts;
-        if (!joins) tiles_.push_back({.first = group.begin, .count = 0});
+        most = tile_rows_;
+        if (g == 0 || 2 * tiles_.back().count > tile_rows_) {
+          const int64_t rows = rows_of_key_from(g), parts = (rows + most - 1) / most;
+          most = (rows + parts - 1) / parts;
+          tiles_.push_back({.first = group.begin, .count = 0});
+        }
       }
       for (int64_t begin = group.begin; begin < group.end;) {
         if (tiles_.back().count >= most) tiles_.push_back({.first = begin, .count = 0});

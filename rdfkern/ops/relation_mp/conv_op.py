@@ -58,7 +58,7 @@ KERNELS = {
     "cuda": ".conv_cuda",
 }
 
-# With weights in one block, sums or means, and targets that are the sources.
+# They get a root with weights in one block, sums or means, and targets that are the sources.
 WITH_ROOT = ("cpu",)
 
 _GRAPH = "Tensor[] graph, int past, int future, str aggr"
@@ -165,7 +165,8 @@ def _forward(
         return out if heard is None else out.copy_(heard)
     options = {"root": root} if impl in WITH_ROOT else {}
     graph = _named(graph, past)
-    addend = addend if addend is None else addend.expand(num_dst, -1)
+    if addend is not None:
+        addend = addend.expand(num_dst, -1)
     return _kernels(impl).forward(
         x, weight, addend, edge_weight, graph, past, future, aggr, num_dst, **options
     )
