@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ class AttentionProblem:
             self.checked_gradient = self.gradient.clone()
             self.checked_gradient[:, :, : queries - self.rows] = 0
 
-    @property
+    @cached_property
     def cu_seqlens(self) -> Tensor:
         """(B+1,) int32, where packed sequences start."""
         return torch.tensor([0, *self.lengths]).cumsum(0).to(self.device, torch.int32)

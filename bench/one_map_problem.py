@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,17 @@ class OneMapProblem:
             )
             self.settings = {"steps": shape.steps, "visible": band}
 
+    @cached_property
+    def packing(self) -> dict[str, Any]:
+        """What the operations take beside packed inputs, nothing if they are dense."""
+        if self.lengths is None:
+            return {}
+        starts = torch.tensor([0, *self.lengths]).cumsum(0).to(self.device, torch.int32)
+        return {"cu_seqlens": starts, "max_seqlen": max(self.lengths)}
+
     def call(self, inputs: dict[str, Tensor]) -> tuple[str, tuple, dict]:
         """Name of the public operation and its arguments."""
-        options = {}
-        if self.lengths is not None:
-            starts = torch.tensor([0, *self.lengths]).cumsum(0).to(self.device, torch.int32)
-            options = {"cu_seqlens": starts, "max_seqlen": max(self.lengths)}
+        options = dict(self.packing)
         if self.shape.op != TEMPORAL:
             options |= {"steps": self.shape.steps, "restart": RESTART, "window": self.shape.window}
         return self.shape.op, tuple(inputs.values()), options

@@ -22,27 +22,34 @@ class Ahead {
   void spread(int64_t tiles) {
     int64_t bytes = 0;
     for (int at = at_; at < size_; ++at) bytes += runs_[at].bytes * runs_[at].rows;
-    step_ = std::clamp(bytes / std::max<int64_t>(tiles, 1) + 1, kStep, kLargestStep);
+    share_ = std::clamp(bytes / std::max<int64_t>(tiles, 1) + 1, kShare, kLargestShare);
   }
 
-  // After every tile of a product, by std::ref.
-  void operator()() {
-    for (int64_t bytes = 0; bytes < step_ && at_ < size_;) {
-      Run& run = runs_[at_];
-      for (int64_t byte = 0; byte < run.bytes; byte += kLine)
-        __builtin_prefetch(run.next + byte, 0, 2);
-      bytes += run.bytes;
-      run.next += run.stride;
-      if (--run.rows == 0) ++at_;
-    }
+  // Asks for one line: many at once would wait for each other.
+  void step() {
+    if (at_ == size_) return;
+    Run& run = runs_[at_];
+    __builtin_prefetch(run.next + byte_, 0, 2);
+    byte_ += kLine;
+    asked_ += kLine;
+    if (byte_ < run.bytes) return;
+    byte_ = 0;
+    run.next += run.stride;
+    if (--run.rows == 0) ++at_;
+  }
+
+  // For what is left of a tile's share.
+  void end_tile() {
+    while (asked_ < share_ && at_ < size_) step();
+    asked_ = 0;
   }
 
   void finish() {
-    while (at_ < size_) (*this)();
+    while (at_ < size_) step();
   }
 
  private:
-  static constexpr int64_t kLine = 64, kStep = 1024, kLargestStep = 8192;
+  static constexpr int64_t kLine = 64, kShare = 1024, kLargestShare = 8192;
   static constexpr int kRuns = 12;
   struct Run {
     const char* next;
@@ -50,19 +57,32 @@ class Ahead {
   };
   Run runs_[kRuns];
   int size_ = 0, at_ = 0;
-  int64_t step_ = kStep;
+  int64_t share_ = kShare, asked_ = 0, byte_ = 0;
+};
+
+// For a product to ask while it runs.
+struct AskFor {
+  Ahead& ahead;
+  void step() const { ahead.step(); }
+  void operator()() const { ahead.end_tile(); }
 };
 
 // body(task, following) for every task: the thread's next one is known early, so that its rows can be
-// asked for, but not at the end, where another thread would wait for it; it is -1 then.
+// asked for, but not at the end, where another thread would wait for it; it is -1 then. Of `group`
+// tasks in a row whose rows lie side by side, one thread takes all, unless there are few groups.
 template <class Body>
-void for_each_task_ahead(int64_t tasks, const Body& body) {
-  const int64_t known = tasks - 4 * int64_t(torch::stable::get_num_threads());
-  for_each_task<Tasks::kInOrder>(tasks, [&](auto next) {
-    for (int64_t task = next(); task >= 0;) {
-      const int64_t following = task < known ? next() : -1;
-      body(task, following);
-      task = task < known ? following : next();
+void for_each_task_ahead(int64_t tasks, int64_t group, const Body& body) {
+  constexpr int64_t kKept = 4;  // per thread, at the end
+  const int64_t threads = torch::stable::get_num_threads();
+  if (tasks < 4 * kKept * threads * group) group = 1;
+  const int64_t groups = (tasks + group - 1) / group, known = groups - kKept * threads;
+  for_each_task<Tasks::kInOrder>(groups, [&](auto next) {
+    for (int64_t at = next(); at >= 0;) {
+      const int64_t following = at < known ? next() : -1;
+      const int64_t end = std::min(tasks, (at + 1) * group);
+      for (int64_t task = at * group; task < end; ++task)
+        body(task, task + 1 < end ? task + 1 : following < 0 ? -1 : following * group);
+      at = at < known ? following : next();
     }
   });
 }

@@ -181,7 +181,7 @@ struct Panel {
               int64_t key_count, float* scores, Ahead& ahead) const {
     gemm<Order::kRows, Update::kOverwrite>(key_count, columns(), problem.head_dim, keys.data,
                                            keys.stride, transposed_queries, kPanelStride, scores,
-                                           kPanelStride, nullptr, std::ref(ahead));
+                                           kPanelStride, nullptr, AskFor{ahead});
     hide_outside_band(first_key, key_count, scores);
     if (problem.padding)
       for (int64_t j = 0; j < key_count; ++j)
@@ -235,7 +235,7 @@ template <Order ORDER>
 void gemm_add(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda,
               const float* b, int64_t ldb, float* c, int64_t ldc, Ahead& ahead) {
   gemm<ORDER, Update::kAdd>(rows, columns, inner, a, lda, b, ldb, c, ldc, nullptr,
-                            std::ref(ahead));
+                            AskFor{ahead});
 }
 
 // c = a b, in sums no longer than those of gemm_add.
@@ -244,7 +244,7 @@ void gemm_anew(int64_t rows, int64_t columns, int64_t inner, const float* a, int
                const float* b, int64_t ldb, float* c, int64_t ldc, Ahead& ahead) {
   const int64_t first = std::min(inner, kInner);
   gemm<ORDER, Update::kOverwrite>(rows, columns, first, a, lda, b, ldb, c, ldc, nullptr,
-                                  std::ref(ahead));
+                                  AskFor{ahead});
   if (inner > first)
     gemm_add<ORDER>(rows, columns, inner - first, a + first * (ORDER == Order::kRows ? 1 : lda),
                     lda, b + first * ldb, ldb, c, ldc, ahead);

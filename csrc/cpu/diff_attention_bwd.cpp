@@ -40,11 +40,13 @@ class Backward {
   // With chunks > 1, phase p pairs key chunk c with query chunk c + p: in one phase no two tasks
   // touch the same gradient, and the order of every sum is fixed.
   void run() {
+    const int64_t group = problem_.kv_heads * chunks_;  // tasks of one sequence
     for (int64_t phase = 0; phase < chunks_; ++phase)
-      for_each_task_ahead(tasks_.size(), [&](int64_t task, int64_t following) {
+      for_each_task_ahead(tasks_.size(), group, [&](int64_t task, int64_t following) {
         Ahead ahead;
         foresee_sums(problem_, gradients_, tasks_[task], ahead);
         if (following >= 0) foresee_rows(problem_, saved_, tasks_[following], ahead);
+        ahead.spread(tiles_of(tasks_[task]));
         run_task(task, phase, ahead);
         ahead.finish();
       });
@@ -58,6 +60,15 @@ class Backward {
   static int64_t chunk_begin(int64_t length, int64_t chunk, int64_t chunks) {
     const int64_t panels = (length + kPanel - 1) / kPanel;
     return std::min(length, panels * chunk / chunks * kPanel);
+  }
+
+  // Of the products of a task, about.
+  int64_t tiles_of(const BackwardTask& task) const {
+    const Sequence& sequence = problem_.sequences[task.sequence];
+    const int64_t panels = (sequence.queries + kPanel - 1) / kPanel;
+    const int64_t key_tiles = sequence.keys / kTileRows, query_tiles = sequence.queries / kTileRows;
+    return panels * key_tiles * (2 * problem_.maps + 1 + problem_.value_width / kTileColumns) +
+           query_tiles * problem_.maps;
   }
 
   // Several tasks may add to one row then, so the caller has padded the rows.
@@ -210,7 +221,7 @@ class Backward {
                    tiles.kept[map], ahead);
     gemm<Order::kRows, Update::kOverwrite>(
         block.count, panel.columns(), problem_.value_dim, block.values.data, block.values.stride,
-        rows.grad_t, kPanelStride, tiles.kept[2], kPanelStride, nullptr, std::ref(ahead));
+        rows.grad_t, kPanelStride, tiles.kept[2], kPanelStride, nullptr, AskFor{ahead});
     drop(panel, block, tiles);
   }
 

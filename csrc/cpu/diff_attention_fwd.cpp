@@ -41,9 +41,16 @@ void foresee(const Problem& problem, const ForwardTask& task, Ahead& ahead) {
               task.count, problem.head_dim);
 }
 
+// Of the products of a task, about.
+int64_t tiles_of(const Problem& problem, const ForwardTask& task) {
+  const int64_t key_tiles = keys_of(task) / kTileRows, query_tiles = task.count / kTileRows;
+  return problem.maps * key_tiles * task.panels() +
+         query_tiles * (problem.value_width / kTileColumns);
+}
+
 void run(const Problem& problem, const Outputs& outputs) {
   const std::vector<ForwardTask> tasks = tasks_of(problem);
-  for_each_task_ahead(tasks.size(), [&](int64_t index, int64_t following) {
+  for_each_task_ahead(tasks.size(), problem.heads, [&](int64_t index, int64_t following) {
     const ForwardTask& task = tasks[index];
     const Sequence& sequence = problem.sequences[task.sequence];
     Ahead ahead;
@@ -53,6 +60,7 @@ void run(const Problem& problem, const Outputs& outputs) {
                 task.count, problem.value_dim);
     if (following >= 0 && keys_of(tasks[following]) <= kBlockKeys)
       foresee(problem, tasks[following], ahead);
+    ahead.spread(tiles_of(problem, task));
     (keys_of(task) <= kWholeKeys ? attend_whole : attend_blocks)(problem, outputs, task, ahead);
     ahead.finish();
   });

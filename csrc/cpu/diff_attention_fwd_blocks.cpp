@@ -153,7 +153,7 @@ void attend_blocks(const Problem& problem, const Outputs& outputs, const Forward
         const Block block = values.from(from - first);
         gemm<Order::kColumns, Update::kRescale>(
             panel.count, value_width, seen, scores, kPanelStride, block.data, block.stride,
-            states[p].products[map], value_width, softmax.rescale, std::ref(ahead));
+            states[p].products[map], value_width, softmax.rescale, AskFor{ahead});
       }
     }
   }

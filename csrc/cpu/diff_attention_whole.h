@@ -21,6 +21,19 @@ inline Vec sum_over(int64_t count, const Term& term) {
   return total;
 }
 
+// Four at a time, as each waits for the one before it.
+template <class Term>
+inline Vec largest_of(int64_t count, const Term& term) {
+  Vec tops[4];
+  for (Vec& top : tops) top = broadcast(-kInfinity);
+  int64_t at = 0;
+  for (; at + 4 <= count; at += 4)
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) tops[n] = maximum(tops[n], term(at + n));
+  for (; at < count; ++at) tops[0] = maximum(tops[0], term(at));
+  return maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]));
+}
+
 inline int64_t blocks_of(int64_t keys) { return (keys + kBlockKeys - 1) / kBlockKeys; }
 
 // body(number, first key, keys) for the blocks of so many keys.
@@ -39,8 +52,8 @@ class WholeSoftmax {
   // Scores in a column become exp2(factor * score - base of the block): times share(block, first),
   // they are the weights; times what is returned, those among the keys of the block.
   Vec add(int64_t block, float* column, int64_t keys, int64_t first, float factor) {
-    Vec top = broadcast(-kInfinity);
-    for (int64_t j = 0; j < keys; ++j) top = maximum(top, load(column + j * kPanelStride));
+    const Vec top =
+        largest_of(keys, [&](int64_t j) { return load(column + j * kPanelStride); });
     // GCC 12.2 crashes where the maximum itself is selected anew.
     const Vec base = top * factor, shift = top == -kInfinity ? Vec{} : base;
     const Vec total = sum_over(keys, [&](int64_t j) {

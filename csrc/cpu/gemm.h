@@ -13,14 +13,23 @@ constexpr int64_t kTileColumns = kTileVectors * kLanes;
 enum class Order { kRows, kColumns };  // A[i][k] at i * lda + k, or at k * lda + i
 enum class Update { kOverwrite, kAdd, kRescale };  // kRescale: row i of C times beta[i] first
 
-template <Order ORDER, Update UPDATE, int ROWS, int VECTORS>
+// What else is done while a product runs: step() within its sums, after so many of their terms that it
+// costs no time, and operator() after every tile.
+struct Nothing {
+  void step() const {}
+  void operator()() const {}
+};
+constexpr int64_t kTermsOfStep = kLanes == 16 ? 1 : 4;
+
+template <Order ORDER, Update UPDATE, int ROWS, int VECTORS, class Beside>
 inline __attribute__((always_inline)) void gemm_tile(
     int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
-    float* c, int64_t ldc, const float* beta) {
+    float* c, int64_t ldc, const float* beta, const Beside& beside) {
   // A loop over sums that the pragmas below did not unroll whole would keep them in memory.
   static_assert(ROWS <= 12 && VECTORS <= 4);
   Vec sums[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < inner; ++k) {
+    if (k % kTermsOfStep == 0) beside.step();
     Vec row[VECTORS];
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; ++n) row[n] = load(b + k * ldb + n * kLanes);
@@ -48,15 +57,15 @@ constexpr int tile_rows(int vectors) {
   return vectors == 1 ? 2 * kTileRows : kTileRows * kTileVectors / vectors;
 }
 
-template <Order ORDER, Update UPDATE, int VECTORS, class Between>
+template <Order ORDER, Update UPDATE, int VECTORS, class Beside>
 inline void gemm_panel(
     int64_t rows, int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb,
-    float* c, int64_t ldc, const float* beta, const Between& between) {
+    float* c, int64_t ldc, const float* beta, const Beside& beside) {
   const int64_t step = ORDER == Order::kRows ? lda : 1;
   auto run = [&](auto tile_rows) {
     constexpr int ROWS = decltype(tile_rows)::value;
-    gemm_tile<ORDER, UPDATE, ROWS, VECTORS>(inner, a, lda, b, ldb, c, ldc, beta);
-    between();
+    gemm_tile<ORDER, UPDATE, ROWS, VECTORS>(inner, a, lda, b, ldb, c, ldc, beta, beside);
+    beside();
     a += ROWS * step;
     c += ROWS * ldc;
     if (UPDATE == Update::kRescale) beta += ROWS;
@@ -79,28 +88,23 @@ inline void gemm_panel(
   run_once(std::integral_constant<int, 1>{});
 }
 
-struct Nothing {
-  void operator()() const {}
-};
-
 // c (rows, columns), a (rows, inner), b (inner, columns); columns is a multiple of kLanes.
-// between() is called after every tile. b may be in panels of kTileColumns columns, `panel` floats
-// apart. INNER: as kInner.
-template <Order ORDER, Update UPDATE, int64_t INNER = kInner, class Between = Nothing>
+// b may be in panels of kTileColumns columns, `panel` floats apart. INNER: as kInner.
+template <Order ORDER, Update UPDATE, int64_t INNER = kInner, class Beside = Nothing>
 __attribute__((noinline)) void gemm(
     int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t lda, const float* b,
-    int64_t ldb, float* c, int64_t ldc, const float* beta = nullptr, const Between& between = {},
+    int64_t ldb, float* c, int64_t ldc, const float* beta = nullptr, const Beside& beside = {},
     int64_t panel = kTileColumns) {
   if constexpr (UPDATE == Update::kAdd)
     for (; inner > INNER; inner -= INNER) {
-      gemm<ORDER, UPDATE, INNER>(rows, columns, INNER, a, lda, b, ldb, c, ldc, beta, between,
+      gemm<ORDER, UPDATE, INNER>(rows, columns, INNER, a, lda, b, ldb, c, ldc, beta, beside,
                                  panel);
       a += INNER * (ORDER == Order::kRows ? 1 : lda);
       b += INNER * ldb;
     }
   auto run = [&](auto tile_vectors) {
     constexpr int VECTORS = decltype(tile_vectors)::value;
-    gemm_panel<ORDER, UPDATE, VECTORS>(rows, inner, a, lda, b, ldb, c, ldc, beta, between);
+    gemm_panel<ORDER, UPDATE, VECTORS>(rows, inner, a, lda, b, ldb, c, ldc, beta, beside);
     b += VECTORS == kTileVectors ? panel : VECTORS * kLanes;
     c += VECTORS * kLanes;
     columns -= VECTORS * kLanes;

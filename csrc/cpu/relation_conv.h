@@ -120,7 +120,7 @@ class Weights {
       const auto run = [&](auto update, int64_t first, int64_t inner) {
         gemm<Order::kRows, decltype(update)::value, kLongInner>(
             count, padded_columns, inner, z + block * rows + first, ldz, matrix + first * ldb, ldb,
-            products + block * padded_columns, width(), nullptr, std::ref(ahead),
+            products + block * padded_columns, width(), nullptr, AskFor{ahead},
             copies_ ? panel() : kTileColumns);
       };
       const int64_t first = std::min(rows, kLongInner);

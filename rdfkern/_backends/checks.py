@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import pairwise
 
 import torch
@@ -85,9 +86,10 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
     starts = cu_seqlens.tolist()  # a few operations of torch would take longer than small problems
     if starts[0] != 0:
         raise ValueError(f"{name} must start at 0, got {starts[0]}")
-    for at, (before, after) in enumerate(pairwise(starts)):
-        if after < before:
-            raise ValueError(f"{name} must not decrease, got {before} then {after} at index {at}")
+    if starts != sorted(starts):
+        steps = enumerate(pairwise(starts))
+        at, before, after = next((at, *step) for at, step in steps if step[1] < step[0])
+        raise ValueError(f"{name} must not decrease, got {before} then {after} at index {at}")
     if starts[-1] != total:
         raise ValueError(
             f"{name} must end at the number of packed rows ({total}), got {starts[-1]}"
@@ -150,7 +152,8 @@ def check_max_seqlen(name: str, max_seqlen: int | None, cu_name: str, cu_seqlens
         fits = (cu_seqlens.diff() <= max_seqlen).all()
         torch._assert_async(fits, f"{name} must be at least the longest sequence of {cu_name}")
         return
-    longest = max((after - before for before, after in pairwise(cu_seqlens.tolist())), default=0)
+    starts = cu_seqlens.tolist()
+    longest = max(map(operator.sub, starts[1:], starts), default=0)
     if longest > max_seqlen:
         raise ValueError(
             f"{name} must be at least the longest sequence of {cu_name} ({longest}), "
