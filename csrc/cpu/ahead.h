@@ -28,24 +28,27 @@ class Ahead {
   // Asks for one line: many at once would wait for each other.
   void step() {
     if (at_ == size_) return;
-    Run& run = runs_[at_];
+    const Run& run = runs_[at_];
     __builtin_prefetch(run.next + byte_, 0, 2);
     byte_ += kLine;
     asked_ += kLine;
-    if (byte_ < run.bytes) return;
-    byte_ = 0;
-    run.next += run.stride;
-    if (--run.rows == 0) ++at_;
+    if (byte_ >= run.bytes) end_row();
   }
 
-  // For what is left of a tile's share.
+  // Asks for what is left of a tile's share, in whole rows.
   void end_tile() {
-    while (asked_ < share_ && at_ < size_) step();
+    while (asked_ < share_ && at_ < size_) {
+      const Run& run = runs_[at_];
+      for (int64_t byte = byte_; byte < run.bytes; byte += kLine)
+        __builtin_prefetch(run.next + byte, 0, 2);
+      asked_ += run.bytes - byte_;
+      end_row();
+    }
     asked_ = 0;
   }
 
   void finish() {
-    while (at_ < size_) step();
+    while (at_ < size_) end_tile();
   }
 
  private:
@@ -55,6 +58,14 @@ class Ahead {
     const char* next;
     int64_t stride, bytes, rows;
   };
+
+  void end_row() {
+    Run& run = runs_[at_];
+    byte_ = 0;
+    run.next += run.stride;
+    if (--run.rows == 0) ++at_;
+  }
+
   Run runs_[kRuns];
   int size_ = 0, at_ = 0;
   int64_t share_ = kShare, asked_ = 0, byte_ = 0;

@@ -13,13 +13,12 @@ constexpr int64_t kTileColumns = kTileVectors * kLanes;
 enum class Order { kRows, kColumns };  // A[i][k] at i * lda + k, or at k * lda + i
 enum class Update { kOverwrite, kAdd, kRescale };  // kRescale: row i of C times beta[i] first
 
-// What else is done while a product runs: step() within its sums, after so many of their terms that it
-// costs no time, and operator() after every tile.
+// What else is done while a product runs: step() for every term of its sums, where vectors are so wide
+// that it costs no time, and operator() after every tile.
 struct Nothing {
   void step() const {}
   void operator()() const {}
 };
-constexpr int64_t kTermsOfStep = kLanes == 16 ? 1 : 4;
 
 template <Order ORDER, Update UPDATE, int ROWS, int VECTORS, class Beside>
 inline __attribute__((always_inline)) void gemm_tile(
@@ -29,7 +28,7 @@ inline __attribute__((always_inline)) void gemm_tile(
   static_assert(ROWS <= 12 && VECTORS <= 4);
   Vec sums[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < inner; ++k) {
-    if (k % kTermsOfStep == 0) beside.step();
+    if constexpr (kLanes == 16) beside.step();
     Vec row[VECTORS];
 #pragma GCC unroll 4
     for (int n = 0; n < VECTORS; ++n) row[n] = load(b + k * ldb + n * kLanes);
