@@ -250,7 +250,7 @@ def run_with_fault(tmp_path):
                 **os.environ,
                 **native,
                 "TRITON_INTERPRET": "1",
-                "PYTHONPATH": str(tmp_path),
+                "PYTHONPATH": os.pathsep.join((str(tmp_path), str(Path(__file__).parent))),
                 "OMP_NUM_THREADS": "1",
             },
             cwd=tmp_path,

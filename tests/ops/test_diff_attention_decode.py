@@ -1,7 +1,4 @@
-"""Decoding: few queries over many keys, in Triton by splitting the keys.
-
-Runs in the interpreter and under ttsem from test_diff_attention_triton.py, on a GPU by itself.
-"""
+"""Decoding: few queries over many keys, in Triton by splitting the keys (see triton_runs)."""
 
 from __future__ import annotations
 
@@ -10,22 +7,30 @@ import torch
 
 pytest.importorskip("triton")
 
-import rdfkern
 from rdfkern import diff_attention, diff_attention_varlen
-from rdfkern._backends import triton_device
 from rdfkern.ops.diff_attention import config, triton_fwd
 from rdfkern.testing import assert_within_budget
+from triton_runs import (
+    DEVICE,
+    INTERPRETED,
+    in_the_interpreter,
+    kernels_run,
+    outside,
+    under_ttsem,
+)
 
-INTERPRETED = triton_device.interpreted()
-REASON = rdfkern.available_backends("diff_attention")["triton"]
-DEVICE = "cpu" if INTERPRETED else "cuda"
 FACTOR = 2.0 if INTERPRETED else 2.5
 INF = float("inf")
 
 
-def kernels_run(test):
-    needs = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; see test_in_the_interpreter")
-    return pytest.mark.gpu(needs(test))
+@outside
+def test_in_the_interpreter():
+    in_the_interpreter(__file__)
+
+
+@outside
+def test_under_ttsem():
+    under_ttsem(__file__)
 
 
 @pytest.fixture

@@ -1,17 +1,6 @@
-"""Triton kernels of differential attention against the reference, without a GPU.
-
-Triton decides at import whether it interprets, so the tests of the kernels run in processes of
-their own: once in Triton's interpreter, once under ttsem where that is installed. On a machine
-with a GPU they run there, in this very process: `pytest -m gpu`.
-"""
+"""Triton kernels of differential attention against the reference (see triton_runs)."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,69 +11,36 @@ pytest.importorskip("triton")
 
 import rdfkern
 from rdfkern import diff_attention, diff_attention_varlen
-from rdfkern._backends import triton_device
 from rdfkern.ops.diff_attention import config
 from rdfkern.testing import assert_within_budget, worst_of
+from triton_runs import (
+    DEVICE,
+    INTERPRETED,
+    in_the_interpreter,
+    kernels_run,
+    on_a_gpu,
+    outside,
+    selections,
+    under_ttsem,
+)
 
-INTERPRETED = triton_device.interpreted()
-REASON = rdfkern.available_backends("diff_attention")["triton"]
-DEVICE = "cpu" if INTERPRETED else "cuda"
 INF = float("inf")
 # ttsem, like the FMA units of a GPU, adds the products of a float32 dot one after another and
 # rounds each time. BLAS, which the interpreter and plain torch use, adds them in several lanes. So
 # the largest of few errors is up to 2.2 times that of plain torch there, in 3 tests of 59.
 FACTOR = 2.0 if INTERPRETED else 2.5
-FILES = ("test_diff_attention_triton.py", "test_diff_attention_decode.py")
-
-outside = pytest.mark.skipif(REASON is None, reason="the kernels run in this very process")
-
-
-def kernels_run(test):
-    needs = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; see test_in_the_interpreter")
-    return pytest.mark.gpu(needs(test))
-
-
-def on_a_gpu(test):
-    # Too long for ttsem, whose GPU is a fake one; `-m gpu` runs them all the same.
-    reason = "interpreted" if INTERPRETED else str(REASON)
-    skip = pytest.mark.skipif(INTERPRETED or REASON is not None, reason=reason)
-    return pytest.mark.slow(pytest.mark.gpu(skip(test)))
-
-
-def run_file(name, *command, env=None, select="not slow"):
-    return subprocess.run(
-        [sys.executable, *command, str(Path(__file__).with_name(name)), "-q", "-x"]
-        + ["-m", select, "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-    )
 
 
 @outside
-@pytest.mark.parametrize("name", FILES)
-def test_in_the_interpreter(name):
-    run = run_file(name, "-m", "pytest", env={"TRITON_INTERPRET": "1"})
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+@selections
+def test_in_the_interpreter(select):
+    in_the_interpreter(__file__, select)
 
 
 @outside
-@pytest.mark.slow
-def test_slow_ones_in_the_interpreter():
-    run = run_file(FILES[0], "-m", "pytest", env={"TRITON_INTERPRET": "1"}, select="slow")
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-
-
-@outside
-@pytest.mark.parametrize("name", FILES)
-def test_under_ttsem(name):
-    if importlib.util.find_spec("ttsem") is None:
-        pytest.skip("ttsem is not installed: pip install ttsem")
-    run = run_file(name, "-m", "ttsem.sanitize", "pytest")
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+@selections
+def test_under_ttsem(select):
+    under_ttsem(__file__, select)
 
 
 def problem(

@@ -1,18 +1,8 @@
-"""Triton kernels of relation_conv against the reference, without a GPU.
-
-Triton decides at import whether it interprets, so the tests of the kernels run in processes of
-their own: once in Triton's interpreter, once under ttsem where that is installed. On a machine
-with a GPU they run there, in this very process: `pytest -m gpu`.
-"""
+"""Triton kernels of relation_conv against the reference (see triton_runs)."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,61 +14,29 @@ pytest.importorskip("triton")
 
 import rdfkern
 from rdfkern import RelationGraph, RelationSpec, relation_conv
-from rdfkern._backends import triton_device
 from rdfkern.ops.relation_mp import bands, conv_config
 from rdfkern.testing import assert_within_budget
-
-INTERPRETED = triton_device.interpreted()
-REASON = rdfkern.available_backends("relation_conv")["triton"]
-DEVICE = "cpu" if INTERPRETED else "cuda"
-SIMULATED = INTERPRETED or "ttsem" in sys.modules
-
-outside = pytest.mark.skipif(REASON is None, reason="the kernels run in this very process")
-
-
-def kernels_run(test):
-    needs = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; see test_in_the_interpreter")
-    return pytest.mark.gpu(needs(test))
-
-
-def on_a_gpu(test):
-    reason = "kernels are simulated" if SIMULATED else str(REASON)
-    skip = pytest.mark.skipif(SIMULATED or REASON is not None, reason=reason)
-    return pytest.mark.gpu(skip(test))
-
-
-def run_this_file(*command, env=None, select="not slow"):
-    return subprocess.run(
-        [sys.executable, *command, __file__, "-q", "-x", "-m", select]
-        + ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-
-
-selections = pytest.mark.parametrize(
-    "select", ["not slow", pytest.param("slow", marks=pytest.mark.slow)]
+from triton_runs import (
+    DEVICE,
+    in_the_interpreter,
+    kernels_run,
+    on_a_gpu,
+    outside,
+    selections,
+    under_ttsem,
 )
 
 
 @outside
 @selections
 def test_in_the_interpreter(select):
-    run = run_this_file("-m", "pytest", env={"TRITON_INTERPRET": "1"}, select=select)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    in_the_interpreter(__file__, select)
 
 
 @outside
 @selections
 def test_under_ttsem(select):
-    if importlib.util.find_spec("ttsem") is None:
-        pytest.skip("ttsem is not installed: pip install --ignore-requires-python --no-deps ttsem")
-    run = run_this_file("-m", "ttsem.sanitize", "pytest", select=select)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    under_ttsem(__file__, select)
 
 
 def set_tiles(monkeypatch, block_m, block_n, block_c=32, block_e=32, splits=1):
