@@ -13,9 +13,9 @@ class Ahead {
     add(rows.at(batch, head, first), rows.row_stride * bytes_of(rows.type),
         size * bytes_of(rows.type), count);
   }
-  // `count` rows of so many bytes each, `stride` bytes apart.
+  // `count` rows of so many bytes each, `stride` bytes apart; too many such runs are left out.
   void add(const char* first, int64_t stride, int64_t bytes, int64_t count) {
-    if (count > 0) runs_[size_++] = {first, stride, bytes, count};
+    if (count > 0 && size_ < kRuns) runs_[size_++] = {first, stride, bytes, count};
   }
 
   // So that everything is asked for within so many tiles, if that is not too much for one.

@@ -57,6 +57,7 @@ struct Mask {
 };
 
 // With one map, out = norm(alpha softmax(q1 k1ᵀ) v), and of what has two entries the second is idle.
+// Values may be (B, Hkv, Lk, P, Dv / P): rows in parts that lie apart, each of whole vectors.
 struct Problem {
   int maps;
   Rows q[2], k[2], v;
@@ -70,6 +71,7 @@ struct Problem {
   int64_t left, right;
   Dropout dropout;
   int64_t heads, kv_heads, head_dim, value_dim, head_width, value_width;
+  int64_t value_parts, part_dim;
   std::vector<Sequence> sequences;
 
   Problem(const Tensor& q1, const Tensor& k1, const std::optional<Tensor>& q2,
@@ -84,8 +86,12 @@ struct Problem {
         norm_eps(norm_eps_), out_scale(float(out_scale_)), scale(float(scale_)), left(left_),
         right(right_), dropout{dropout_p, uint64_t(seed)}, heads(q1.size(1)),
         kv_heads(k1.size(1)), head_dim(q1.size(q1.dim() - 1)),
-        value_dim(values.size(values.dim() - 1)),
-        head_width(padded(head_dim)), value_width(padded(value_dim)) {
+        value_dim(1), head_width(padded(head_dim)),
+        value_parts(values.dim() == 5 ? values.size(3) : 1),
+        part_dim(values.size(values.dim() - 1)),
+        part_stride_(values.dim() == 5 ? values.stride(3) : 0) {
+    value_dim = value_parts * part_dim;
+    value_width = padded(value_dim);
     if (attn_mask) mask.emplace(*attn_mask);
     if (norm_weight_) norm_weight = static_cast<const float*>(norm_weight_->data_ptr());
     if (key_padding_mask) {
@@ -109,12 +115,29 @@ struct Problem {
   // Not quite 0 for a scale of 0, which would make NaN of a hidden key's -inf.
   float score_factor() const { return std::max(std::fabs(scale) * kLog2e, 1e-30f); }
   int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
+  Rows values(int64_t part) const {
+    Rows rows = v;
+    rows.data += part * part_stride_ * bytes_of(v.type);
+    return rows;
+  }
+  // As read_rows; of parts, copies side by side.
+  Block read_values(int64_t batch, int64_t head, int64_t first, int64_t count,
+                    float* scratch) const {
+    if (value_parts == 1) return read_rows(v, batch, head, first, count, value_dim, scratch);
+    for (int64_t part = 0; part < value_parts; ++part)
+      for (int64_t i = 0; i < count; ++i)
+        read_row(values(part).at(batch, head, first + i), v.type, part_dim,
+                 scratch + i * value_width + part * part_dim);
+    return {scratch, value_width};
+  }
   bool is_padding(const Sequence& sequence, int64_t key) const {
     return padding[sequence.batch * padding_batch_stride +
                    (sequence.first_key + key) * padding_row_stride];
   }
 
  private:
+  int64_t part_stride_;
+
   void add(Sequence sequence) {
     int64_t begin = 0, end = sequence.keys;
     if (padding) {
@@ -182,11 +205,15 @@ struct Panel {
     gemm<Order::kRows, Update::kOverwrite>(key_count, columns(), problem.head_dim, keys.data,
                                            keys.stride, transposed_queries, kPanelStride, scores,
                                            kPanelStride, nullptr, AskFor{ahead});
-    hide_outside_band(first_key, key_count, scores);
+    mask(first_key, key_count, scores, kPanelStride);
+  }
+
+  void mask(int64_t first_key, int64_t key_count, float* scores, int64_t stride) const {
+    hide_outside_band(first_key, key_count, scores, stride);
     if (problem.padding)
       for (int64_t j = 0; j < key_count; ++j)
-        if (problem.is_padding(sequence, first_key + j)) hide(scores + j * kPanelStride, 0, count);
-    if (problem.mask) apply_mask(*problem.mask, first_key, key_count, scores);
+        if (problem.is_padding(sequence, first_key + j)) hide(scores + j * stride, 0, count);
+    if (problem.mask) apply_mask(*problem.mask, first_key, key_count, scores, stride);
   }
 
  private:
@@ -194,7 +221,8 @@ struct Panel {
     if (begin < end) std::fill(row + begin, row + end, -kInfinity);
   }
 
-  void hide_outside_band(int64_t first_key, int64_t key_count, float* scores) const {
+  void hide_outside_band(int64_t first_key, int64_t key_count, float* scores,
+                         int64_t stride) const {
     const int64_t last_key = first_key + key_count - 1;
     const bool right_cuts = problem.right >= 0 && last_key > first + shift() + problem.right;
     const bool left_cuts =
@@ -202,13 +230,14 @@ struct Panel {
     if (!right_cuts && !left_cuts) return;
     for (int64_t j = 0; j < key_count; ++j) {
       const int64_t aligned = first_key + j - shift() - first;  // the query standing at this key
-      float* row = scores + j * kPanelStride;
+      float* row = scores + j * stride;
       if (right_cuts) hide(row, 0, std::min(count, aligned - problem.right));
       if (left_cuts) hide(row, std::max<int64_t>(0, aligned + problem.left + 1), count);
     }
   }
 
-  void apply_mask(const Mask& mask, int64_t first_key, int64_t key_count, float* scores) const {
+  void apply_mask(const Mask& mask, int64_t first_key, int64_t key_count, float* scores,
+                  int64_t stride) const {
     const int64_t size = bytes_of(mask.type);
     for (int64_t i = 0; i < count; ++i) {
       const char* row = mask.data + size * (sequence.batch * mask.strides[0] +
@@ -216,7 +245,7 @@ struct Panel {
                                             first_key * mask.strides[3]);
       for (int64_t j = 0; j < key_count; ++j) {
         const char* element = row + size * j * mask.strides[3];
-        float& score = scores[j * kPanelStride + i];
+        float& score = scores[j * stride + i];
         if (mask.type != ScalarType::Bool) {
           const float added = to_float(element, mask.type);
           score = added <= kHidden || score == -kInfinity

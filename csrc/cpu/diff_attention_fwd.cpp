@@ -12,6 +12,7 @@ std::vector<ForwardTask> tasks_of(const Problem& problem) {
   std::vector<ForwardTask> tasks;
   for (size_t s = 0; s < problem.sequences.size(); ++s) {
     const Sequence& sequence = problem.sequences[s];
+    if (has_few_queries(problem, sequence)) continue;
     for (int64_t first = 0; first < sequence.queries; first += kTaskPanels * kPanel) {
       const int64_t count = std::min(sequence.queries - first, kTaskPanels * kPanel);
       const Panel all{problem, sequence, int64_t(s), 0, first, count};
@@ -35,7 +36,8 @@ void foresee(const Problem& problem, const ForwardTask& task, Ahead& ahead) {
               sequence.first_key + task.keys_begin, task.keys_end - task.keys_begin, size);
   };
   for (int map = 0; map < problem.maps; ++map) add_keys(problem.k[map], problem.head_dim);
-  add_keys(problem.v, problem.value_dim);
+  for (int64_t part = 0; part < problem.value_parts; ++part)
+    add_keys(problem.values(part), problem.part_dim);
   for (int map = 0; map < problem.maps; ++map)
     ahead.add(problem.q[map], sequence.batch, task.head, sequence.first_query + task.first,
               task.count, problem.head_dim);
@@ -83,6 +85,7 @@ void forward(const Tensor& q1, const Tensor& k1, const std::optional<Tensor>& q2
   if (o) outputs.o.emplace(*o);
   ask_for_huge_pages({out, o2, o});
   run(problem, outputs);
+  attend_few(problem, outputs);
 }
 
 }  // namespace

@@ -56,4 +56,8 @@ void attend_blocks(const Problem& problem, const Outputs& outputs, const Forward
 void attend_whole(const Problem& problem, const Outputs& outputs, const ForwardTask& task,
                   Ahead& ahead);
 
+// Whether a sequence belongs to attend_few, which computes all that do.
+bool has_few_queries(const Problem& problem, const Sequence& sequence);
+void attend_few(const Problem& problem, const Outputs& outputs);
+
 }  // namespace rdfkern

@@ -128,14 +128,12 @@ void attend_blocks(const Problem& problem, const Outputs& outputs, const Forward
   const int64_t kv_head = problem.kv_head(task.head);
   for (int64_t first = task.keys_begin; first < task.keys_end; first += kKeys) {
     const int64_t count = std::min(kKeys, task.keys_end - first);
-    auto read = [&](const Rows& rows, int64_t size, float* target) {
-      return read_rows(rows, sequence.batch, kv_head, sequence.first_key + first, count, size,
-                       target);
-    };
+    const int64_t row = sequence.first_key + first;
     Block keys[2];
     for (int map = 0; map < problem.maps; ++map)
-      keys[map] = read(problem.k[map], problem.head_dim, key_rows[map]);
-    const Block values = read(problem.v, problem.value_dim, value_rows);
+      keys[map] = read_rows(problem.k[map], sequence.batch, kv_head, row, count, problem.head_dim,
+                            key_rows[map]);
+    const Block values = problem.read_values(sequence.batch, kv_head, row, count, value_rows);
     for (int64_t p = 0; p < task.panels(); ++p) {
       const Panel& panel = *states[p].panel;
       const int64_t from = std::max(first, panel.keys_begin());

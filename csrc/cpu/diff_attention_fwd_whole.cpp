@@ -74,8 +74,7 @@ void attend_whole(const Problem& problem, const Outputs& outputs, const ForwardT
   for (int map = 0; map < problem.maps; ++map)
     blocks[map] = view_rows(problem.k[map], sequence.batch, kv_head, first_key, keys,
                             problem.head_dim, key_rows[map]);
-  const Block values = read_rows(problem.v, sequence.batch, kv_head, first_key, keys,
-                                 problem.value_dim, value_rows);
+  const Block values = problem.read_values(sequence.batch, kv_head, first_key, keys, value_rows);
   for (int64_t p = 0; p < task.panels(); ++p) {
     const Panel panel = task.panel(problem, p);
     const int64_t from = panel.keys_begin();

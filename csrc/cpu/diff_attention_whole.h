@@ -43,6 +43,23 @@ inline void for_each_block(int64_t keys, const Body& body) {
     body(first / kBlockKeys, first, std::min(kBlockKeys, keys - first));
 }
 
+struct Exponentials {
+  Vec base, total;  // -inf and as it comes where all keys are hidden
+};
+
+// Scores in a column become exp2(factor * score - base).
+inline Exponentials exponentiate(float* column, int64_t stride, int64_t keys, float factor) {
+  const Vec top = largest_of(keys, [&](int64_t j) { return load(column + j * stride); });
+  // GCC 12.2 crashes where the maximum itself is selected anew.
+  const Vec base = top * factor, shift = top == -kInfinity ? Vec{} : base;
+  const Vec total = sum_over(keys, [&](int64_t j) {
+    const Vec weight = exp2(load(column + j * stride) * factor - shift);
+    store(column + j * stride, weight);
+    return weight;
+  });
+  return {base, total};
+}
+
 // One map of one panel of queries.
 class WholeSoftmax {
  public:
@@ -52,18 +69,10 @@ class WholeSoftmax {
   // Scores in a column become exp2(factor * score - base of the block): times share(block, first),
   // they are the weights; times what is returned, those among the keys of the block.
   Vec add(int64_t block, float* column, int64_t keys, int64_t first, float factor) {
-    const Vec top =
-        largest_of(keys, [&](int64_t j) { return load(column + j * kPanelStride); });
-    // GCC 12.2 crashes where the maximum itself is selected anew.
-    const Vec base = top * factor, shift = top == -kInfinity ? Vec{} : base;
-    const Vec total = sum_over(keys, [&](int64_t j) {
-      const Vec weight = exp2(load(column + j * kPanelStride) * factor - shift);
-      store(column + j * kPanelStride, weight);
-      return weight;
-    });
+    const auto [base, total] = exponentiate(column, kPanelStride, keys, factor);
     store(shares_[block] + first, base);
     store(totals_[block] + first, total);
-    return top == -kInfinity ? Vec{} : 1.0f / total;
+    return base == -kInfinity ? Vec{} : 1.0f / total;
   }
 
   void merge(int64_t blocks, int64_t first) {

@@ -135,19 +135,7 @@ inline void value_products(const Problem& problem, Side side, int64_t head, Span
     const int64_t count = std::min<int64_t>(kLanes, rows.count - i);
     const Block values =
         read_head(problem.values, head, rows.first + i, count, problem.value_dim, room);
-    // Rows that are missing are the last one again: with a fixed number the sums are in registers.
-    const float* row[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane)
-      row[lane] = values.data + std::min(lane, count - 1) * values.stride;
-    Vec products[kLanes] = {}, total = {};
-    for (int64_t d = 0; d < problem.value_width; d += kLanes) {
-      const Vec factor = load(vector + d);
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes; ++lane) products[lane] += load(row[lane] + d) * factor;
-    }
-    transpose(products);
-    for (const Vec& product : products) total += product;
-    store(logits + i, total);
+    store(logits + i, row_products(vector, values, count, problem.value_width));
   }
 }
 

@@ -122,6 +122,21 @@ inline Block view_rows(const Rows& rows, int64_t batch, int64_t head, int64_t fi
   return read_rows(rows, batch, head, first, count, size, scratch);
 }
 
+// Lane i: vector . row i, up to `count` rows and the last of them after that: with a fixed number the
+// sums are in registers.
+inline Vec row_products(const float* vector, const Block& rows, int64_t count, int64_t width) {
+  const float* row[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    row[lane] = rows.data + std::min(lane, count - 1) * rows.stride;
+  Vec products[kLanes] = {};
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const Vec factor = load(vector + d);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes; ++lane) products[lane] += load(row[lane] + d) * factor;
+  }
+  return sums(products);
+}
+
 // target[d * ld + i] = factor * source[i * stride + d]; i is zero-filled up to padded(count).
 inline void transpose_rows(const Block& source, int64_t count, int64_t width, float factor,
                            float* target, int64_t ld) {

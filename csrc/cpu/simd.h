@@ -90,9 +90,16 @@ inline float sum(Vec value) {
 }
 
 inline Vec from_bfloat16(const uint16_t* source) {
+#if defined(__AVX512F__)
+  const UintVec wide = (UintVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)source));
+#elif defined(__AVX2__)
+  const UintVec wide = (UintVec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)source));
+#else
   HalfVec raw;
   std::memcpy(&raw, source, sizeof(HalfVec));
-  return bits<Vec>(__builtin_convertvector(raw, UintVec) << 16);
+  const UintVec wide = __builtin_convertvector(raw, UintVec);
+#endif
+  return bits<Vec>(wide << 16);
 }
 
 inline void to_bfloat16(uint16_t* target, Vec value) {
@@ -173,6 +180,30 @@ inline void transpose(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 16
     for (int row = 0; row < kLanes; ++row) rows[row] = next[row];
   }
+}
+
+// Sums of neighbours STEP lanes apart, those of a where lane / STEP is even, else those of b.
+template <int STEP, int... LANE>
+inline Vec add_halves(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
+  constexpr auto left = [](int lane) { return lane / STEP % 2 ? kLanes + lane - STEP : lane; };
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, left(LANE)...) +
+         __builtin_shufflevector(a, b, (left(LANE) + STEP)...);
+#else
+  return __builtin_shuffle(a, b, IntVec{left(LANE)...}) +
+         __builtin_shuffle(a, b, IntVec{(left(LANE) + STEP)...});
+#endif
+}
+
+// Lane i: the sum of rows[i].
+template <int STEP = kLanes / 2>
+inline Vec sums(Vec (&rows)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 8
+  for (int row = 0; row < STEP; ++row)
+    rows[row] = add_halves<STEP>(rows[row], rows[row + STEP], lanes);
+  if constexpr (STEP > 1) return sums<STEP / 2>(rows);
+  else return rows[0];
 }
 
 }  // namespace rdfkern

@@ -7,7 +7,6 @@ from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.models.diffllama import modeling_diffllama
@@ -185,7 +184,7 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             k1,
             q2,
             k2,
-            torch.cat(v.chunk(2, dim=1), dim=-1),  # [B, Hkv, Lk, 2d]
+            v.unflatten(1, (2, -1)).movedim(1, 3),  # [B, Hkv, Lk, 2, d]
             lambda_of(self),
             attn_mask=masks.attn_mask,
             key_padding_mask=masks.key_padding_mask,

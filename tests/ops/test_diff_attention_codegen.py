@@ -49,13 +49,24 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def launch(kernel, head_dim, value_dim, architecture, dtype=torch.bfloat16, maps=2, **options):
+def launch(
+    kernel,
+    head_dim,
+    value_dim,
+    architecture,
+    dtype=torch.bfloat16,
+    maps=2,
+    value_parts=1,
+    **options,
+):
     """The launch of a kernel at its default configuration: bfloat16, causal, with norm."""
     rows, length = (1, 8, 4096), 4096
     q, k, v = (
         torch.empty(1, heads, 4096, d, dtype=dtype, device="meta")
         for heads, d in ((8, head_dim), (8, head_dim), (8, value_dim))
     )
+    if value_parts > 1:
+        v = torch.stack(v.chunk(value_parts, dim=-1)).movedim(0, 3)
     coefficient = torch.empty(1, device="meta").expand(rows)
     defaults = {
         "attn_mask": None,
@@ -120,6 +131,26 @@ def measured(compile_for, registers):
         }
 
     return measure
+
+
+WIDE_LOADS = re.compile(
+    r"cp\.async\.cg\.\S+ .*, 0x10|ld\.global\.\S*v4\S* |global_load_dwordx4|buffer_load_dwordx4"
+)
+
+
+@pytest.mark.parametrize("head_dim, value_dim", SHAPES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", slow("sm_100"), slow("gfx942")])
+def test_values_in_parts(architecture, head_dim, value_dim, compile_for, registers):
+    """They are read in pieces as wide as joined ones, and take no registers off the rest."""
+    loads = []
+    for parts in (1, 2):
+        built = launch("split", head_dim, value_dim, architecture, value_parts=parts)
+        compiled = compile_for(built, architecture)
+        assembly = compiled.asm["amdgcn" if architecture.startswith("gfx") else "ptx"]
+        loads.append(len(WIDE_LOADS.findall(assembly)))
+        used, spilled = registers(compiled, architecture)
+        assert used <= LIMITS[architecture]["registers"] and spilled == 0
+    assert loads[0] == loads[1] > 0
 
 
 @pytest.mark.parametrize("head_dim, value_dim", SHAPES)

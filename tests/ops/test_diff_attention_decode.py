@@ -110,6 +110,19 @@ def test_against_the_reference(case, dtype, split):
 
 
 @kernels_run
+@pytest.mark.parametrize("lq", [1, 3, 40])
+@pytest.mark.parametrize(("value_dim", "parts"), [(32, 2), (40, 2), (48, 3)])
+def test_values_in_parts(value_dim, parts, lq, split):
+    """Their own strides where keys are split; joined where queries are too many."""
+    inputs = inputs_of(1, 4, 2, lq, 75, 16, value_dim)
+    options = {"is_causal": True, "norm_eps": 1e-5}
+    apart = torch.stack(inputs["v"].chunk(parts, dim=-1)).movedim(0, 3)
+    joined = run("triton", inputs, options)
+    torch.testing.assert_close(run("triton", inputs | {"v": apart}, options), joined)
+    assert len(split) == (2 if lq < 40 else 0)
+
+
+@kernels_run
 @pytest.mark.parametrize("group", [1, 3])
 def test_cached_decode_equals_full_causal(group, split):
     """Token by token and in chunks, over a cache that is longer than what has been written."""

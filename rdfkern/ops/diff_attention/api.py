@@ -48,7 +48,9 @@ def diff_attention(
         q1, q2: (B, H, Lq, D), queries of the two maps. float16, bfloat16, float32 or float64.
         k1, k2: (B, Hkv, Lk, D), keys of the two maps, of q1's dtype. H is a multiple of Hkv; query
             head h uses kv head h // (H / Hkv).
-        v: (B, Hkv, Lk, Dv), of q1's dtype; D and Dv may differ.
+        v: (B, Hkv, Lk, Dv), of q1's dtype; D and Dv may differ. Or (B, Hkv, Lk, P, Dv / P), whose P
+            parts count as side by side and may lie apart in memory: without gradients `cpu`, and
+            `triton` for few queries of many keys, read them where they are; else they are joined.
         lam: factor of the second map: a number, or a tensor that broadcasts to (B, H, Lq), so one
             value per head is (H, 1). float32 is welcome beside half inputs: it is not rounded.
         alpha: factor of the first map, as lam.

@@ -20,7 +20,7 @@ from ..._backends.checks import (
     check_shape,
     check_window,
 )
-from .formula import Coefficient, compute_dtype
+from .formula import Coefficient, compute_dtype, dim_of_values
 
 DENSE_HINT = "one value per head is (H, 1), one per head and query (H, Lq)"
 PACKED_HINT = "one value per head is (H,), one per row (T, 1)"
@@ -54,7 +54,10 @@ def dense_arguments(
     batch, heads, lq, dim = q1.shape
     check_shape("k1", k1, (batch, None, None, dim), "(B, Hkv, Lk, D)")
     check_shape("k2", k2, tuple(k1.shape), "(B, Hkv, Lk, D) of k1")
-    check_shape("v", v, (*k1.shape[:3], None), "(B, Hkv, Lk, Dv)")
+    if v.dim() == 5:
+        check_shape("v", v, (*k1.shape[:3], None, None), "(B, Hkv, Lk, P, Dv / P)")
+    else:
+        check_shape("v", v, (*k1.shape[:3], None), "(B, Hkv, Lk, Dv)")
     _check_sizes("q1", q1, "k1", k1.shape[1], heads, v)
     rows = (batch, heads, lq)
     for name, coefficient in (("lam", lam), ("alpha", alpha)):
@@ -211,8 +214,8 @@ def _check_rank(name: str, tensor: Tensor, rank: int, spelled: str) -> None:
 
 
 def _check_sizes(q_name: str, q: Tensor, k_name: str, kv_heads: int, heads: int, v: Tensor) -> None:
-    for name, tensor in ((q_name, q), ("v", v)):
-        if tensor.shape[-1] == 0:
+    for name, tensor, dim in ((q_name, q, q.shape[-1]), ("v", v, dim_of_values(v))):
+        if dim == 0:
             raise ValueError(
                 f"{name} must have a head dim of at least 1, got {tuple(tensor.shape)}"
             )
@@ -307,7 +310,7 @@ def _epilogue(
             raise TypeError(
                 f"norm_weight must be a tensor or None, got {type(norm_weight).__name__}"
             )
-        check_shape("norm_weight", norm_weight, (v.shape[-1],), "(Dv,)")
+        check_shape("norm_weight", norm_weight, (dim_of_values(v),), "(Dv,)")
         _check_wide("norm_weight", norm_weight, q)
     return {
         "dropout_p": dropout_p,

@@ -54,7 +54,7 @@ def diff_attention(
         window=window,
         device=q1.device,
     )
-    v = repeat_heads(v, heads)
+    v = repeat_heads(v.flatten(3), heads)
     k1, k2 = repeat_heads(k1, heads), repeat_heads(k2, heads)
     both = masked_sdpa(
         torch.cat([q1, q2], dim=1),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..._backends.triton_device import architecture, device_reason, shared_bytes
+from .formula import dim_of_values
 
 MAX_HEAD_DIM = 256
 MAX_VALUE_DIM = 512
@@ -95,13 +96,14 @@ def triton_reason(arguments: Mapping[str, Any] | None) -> str | None:
         return reason
     if q.dtype not in DTYPES:
         return f"computes in float32, inputs are {q.dtype}"
-    if q.shape[-1] > MAX_HEAD_DIM or v.shape[-1] > MAX_VALUE_DIM:
+    dims = (q.shape[-1], dim_of_values(v))
+    if dims[0] > MAX_HEAD_DIM or dims[1] > MAX_VALUE_DIM:
         return (
             f"takes head dims up to {MAX_HEAD_DIM} and value dims up to {MAX_VALUE_DIM}, "
-            f"got {q.shape[-1]} and {v.shape[-1]}"
+            f"got {dims[0]} and {dims[1]}"
         )
     name = architecture(q.device)
-    if not fits(q.shape[-1], v.shape[-1], q.dtype, name):
+    if not fits(*dims, q.dtype, name):
         return f"{name} has too little shared memory for {q.dtype} of these head dims"
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return "attn_mask requires a gradient"

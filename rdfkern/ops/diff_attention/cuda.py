@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._backends import jit
 from ..._backends.dispatch import Arguments
 from . import op, temporal
+from .formula import dim_of_values
 from .native_arguments import filled, native_options, unit_stride
 
 diff_attention = partial(op.diff_attention, impl="cuda")
@@ -30,8 +31,9 @@ def can_run(arguments: Arguments | None) -> str | None:
         return f"inputs are on {q1.device.type}"
     if q1.dtype not in DTYPES:
         return f"computes in float32, inputs are {q1.dtype}"
-    if max(q1.shape[-1], v.shape[-1]) > MAX_WIDTH:
-        return f"head dims go up to {MAX_WIDTH}, inputs have {q1.shape[-1]} and {v.shape[-1]}"
+    dims = (q1.shape[-1], dim_of_values(v))
+    if max(dims) > MAX_WIDTH:
+        return f"head dims go up to {MAX_WIDTH}, inputs have {dims[0]} and {dims[1]}"
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return "attn_mask requires a gradient"
     return jit.unavailable("cuda", build=True)
@@ -55,7 +57,7 @@ def forward(
     longest = _longest(q1, options["max_seqlen_q"])
     jit.load("cuda")
     torch.ops.rdfkern._diff_attention_fwd_cuda(
-        *(unit_stride(x) for x in (q1, k1, q2, k2, v)),
+        *(unit_stride(x) for x in (q1, k1, q2, k2, v.flatten(3))),
         lam,
         alpha,
         *native_options(**options),

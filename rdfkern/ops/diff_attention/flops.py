@@ -16,20 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .formula import dim_of_values
+
 COUNTER = "torch.utils.flop_counter"
 
 
 def forward_flops(*arguments: Any, out_val: Any = None, **what_is_kept: bool) -> int:
     """Of `rdfkern::diff_attn_fwd`: for each map, its scores of D and its product with V of Dv."""
     named = _named(torch.ops.rdfkern.diff_attn_fwd, arguments)
-    dim, value_dim = named["q1"].shape[-1], named["v"].shape[-1]
+    dim, value_dim = named["q1"].shape[-1], dim_of_values(named["v"])
     return 2 * _pairs(named) * _maps(named) * (dim + value_dim)
 
 
 def backward_flops(*arguments: Any, out_val: Any = None) -> int:
     """Of `rdfkern::diff_attn_bwd` in one pass: scores, dQ and dK per map; dP and dV once."""
     named = _named(torch.ops.rdfkern.diff_attn_bwd, arguments)
-    dim, value_dim = named["q1"].shape[-1], named["v"].shape[-1]
+    dim, value_dim = named["q1"].shape[-1], dim_of_values(named["v"])
     return 2 * _pairs(named) * (3 * _maps(named) * dim + 2 * value_dim)
 
 

@@ -19,6 +19,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dim_of_values(v: Tensor) -> int:
+    """Dv of (B, Hkv, Lk, Dv), of (B, Hkv, Lk, P, Dv / P), or of packed (T, Hkv, Dv)."""
+    return v.shape[-1] if v.dim() < 5 else v.shape[-2] * v.shape[-1]
+
+
 def per_row(coefficient: Coefficient, dtype: torch.dtype) -> Coefficient:
     """lam or alpha, (..., Lq), as a factor of rows (..., Lq, Dv)."""
     if isinstance(coefficient, Tensor):

@@ -4,7 +4,8 @@
 They choose the kernel inside, by name. A kernel module holds `forward`, which fills outputs made
 here, and `backward`, with the arguments below, and never sees an empty problem. Packed tensors are
 (T, H, D) for the operators, so that autograd records no views, and shown as (1, H, T, D) to kernels
-that do not take them as they are.
+that do not take them as they are. `forward` also gets values in parts, (B, Hkv, Lk, P, Dv / P); for
+autograd they are joined.
 
 Without q2, k2 and lam there is one map, out = norm(alpha softmax(q1 k1ᵀ) v). Then o2 and the
 gradients of the three are empty for the operators, and None for kernels.
@@ -22,7 +23,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ..._backends.autograd import is_recorded, record
 from ..._backends.dispatch import kernel_module
 from .flops import register_when_counted
-from .formula import Coefficient, compute_dtype
+from .formula import Coefficient, compute_dtype, dim_of_values
 from .native_arguments import backward_chunks, kv_tasks
 
 KERNELS = {"triton": ".triton", "cuda": ".cuda", "cpu": ".native"}
@@ -223,6 +224,8 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     )
     if not is_recorded(*tensors):
         return torch.ops.rdfkern.diff_attn_fwd.default(*arguments, needs_grad=False)[:2]
+    if tensors[4].dim() == 5:
+        arguments = (*arguments[:4], tensors[4].flatten(3), *arguments[5:])
     longest = tensors[1].shape[2] if tensors[13] is None else tensors[13]
     keeps_o2 = _keeps_o2(impl, tensors[1], tensors[11], longest)
     return record(_DiffAttention, *arguments, keeps_o2)
@@ -379,7 +382,7 @@ def _empty_outputs(
     same, and the first map's rows for kernels in MAP_ROWS.
     """
     *rows, _ = q1.shape
-    size, wide = (*rows, v.shape[-1]), lse_dtype(v)
+    size, wide = (*rows, dim_of_values(v)), lse_dtype(v)
     out = v.new_empty(size)
     lse = v.new_empty((maps, *((1, *reversed(rows)) if packed else rows)), dtype=wide)
     nothing = v.new_empty(0, dtype=wide)

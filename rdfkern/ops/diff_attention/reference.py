@@ -43,7 +43,7 @@ def diff_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """O = alpha · A1 V - lam · A2 V with A_i = softmax(q_i k_iᵀ · scale, masked)."""
-    dtype, compute = v.dtype, compute_dtype(v.dtype)
+    v, dtype, compute = v.flatten(3), v.dtype, compute_dtype(v.dtype)
     boolean, bias = split_mask(attn_mask)
     visible = visible_keys(
         q1.shape[2],

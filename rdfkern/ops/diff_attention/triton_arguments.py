@@ -12,6 +12,7 @@ from ..._backends.triton_device import architecture
 from ..._backends.triton_utils import autotune_requested, dot_precision, unit_stride
 from . import config
 from .config import Tiles
+from .formula import dim_of_values
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Problem:
 
     @property
     def value_dim(self) -> int:
-        return self.v.shape[3]
+        return dim_of_values(self.v)
 
     @property
     def rows(self) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ def diff_attn_split_kernel(
     q2_strides,
     k2_strides,
     v_strides,
+    v_part_stride,
     mask_strides,
     padding_stride,
     row_strides,
@@ -51,6 +52,7 @@ def diff_attn_split_kernel(
     scale_log2: tl.float32,
     D: tl.constexpr,
     DV: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,6 +92,8 @@ def diff_attn_split_kernel(
     k1_base = head_start(k1_ptr, k1_strides, batch, kv_head, key_start)
     k2_base = head_start(k2_ptr, k2_strides, batch, kv_head, key_start)
     v_base = head_start(v_ptr, v_strides, batch, kv_head, key_start)
+    if PART < DV:  # the way from where a column would be if parts lay side by side
+        v_base += ((columns_dv // PART).to(tl.int64) * (v_part_stride - PART))[None, :]
     mask_base = mask_ptr
     if mask_ptr is not None:
         mask_base = (mask_ptr + batch * mask_strides[0] + head * mask_strides[1])[:, None]
@@ -193,6 +197,8 @@ def split_launch(problem: Problem, parts: Tensor, part_lse: Tensor, tiles: confi
         lambda meta: (programs * triton.cdiv(group * problem.len_q, meta["BLOCK_M"]), splits),
         {
             **arguments,
+            "v_part_stride": problem.v.stride(3) if problem.v.dim() == 5 else 0,
+            "PART": problem.v.shape[-1],
             "parts_ptr": parts,
             "part_lse_ptr": part_lse,
             "row_strides": part_lse.stride()[2:4],

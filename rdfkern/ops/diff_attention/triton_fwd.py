@@ -3,6 +3,8 @@
 With MAPS of 1 the second map is left out, and so is every pointer to it.
 """
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -270,6 +272,7 @@ def forward(
     if maps == (None, None) and decodes(problem):
         decode(problem, norm_weight, norm_eps, out_scale, out, lse)
         return
+    problem = replace(problem, v=problem.v.flatten(3))
     widths = (padded_width(problem.head_dim), padded_width(problem.value_dim))
     tiles = config.tiles("forward", *widths, q1.dtype, architecture(q1.device))
     forward_launch(problem, norm_weight, norm_eps, out_scale, out, lse, *maps, tiles).run(q1.device)
