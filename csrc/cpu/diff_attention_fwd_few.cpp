@@ -8,7 +8,7 @@ namespace rdfkern {
 namespace {
 
 constexpr int64_t kPart = 256;  // keys; the cut depends on nothing else, and so do results
-constexpr int64_t kFewQueries = 16;
+constexpr int64_t kFewQueries = kLanes / 2;  // more of them fill vectors by themselves
 
 // The queries of a head of keys: row r of them is one query of one head.
 struct Group {
@@ -87,8 +87,8 @@ class FewQueries {
     const Sequence& sequence = group.sequence();
     const int64_t rows = group.rows(), columns = group.columns(), keys = task.keys;
     const int64_t head_width = problem_.head_width, value_width = problem_.value_width;
-    Scratch scratch(2 * (rows + padded(rows) + keys) * head_width +
-                    keys * (columns + value_width) + 8 * 16);
+    Scratch scratch((2 * (rows + keys) + padded(rows)) * head_width +
+                    keys * (columns + value_width) + 7 * 16);
     float* queries[2];
     Block key_blocks[2];
     Ahead ahead;
@@ -109,19 +109,11 @@ class FewQueries {
     ahead.spread(problem_.maps * keys / (2 * kTileRows));
 
     float* const scores = scratch.take(keys * columns);  // [key][row]
-    if (group.is_one_vector()) {
+    if (group.is_one_vector())
       score_by_rows(group, queries, key_blocks, keys, scores, ahead);
-    } else {
-      float* const queries_t = scratch.take(padded(rows) * head_width);
-      for (int map = 0; map < problem_.maps; ++map) {
-        transpose_rows({queries[map], head_width}, rows, head_width, sign(), queries_t,
-                       padded(rows));
-        gemm<Order::kRows, Update::kOverwrite>(
-            keys, padded(rows), problem_.head_dim, key_blocks[map].data, key_blocks[map].stride,
-            queries_t, padded(rows), scores + map * group.second_map(), columns, nullptr,
-            AskFor{ahead});
-      }
-    }
+    else
+      score_by_products(group, queries, key_blocks, keys, scores,
+                        scratch.take(padded(rows) * head_width), ahead);
     for (int map = 0; map < problem_.maps; ++map)
       for (int64_t r = 0; r < rows; ++r)
         group.row(r).mask(task.first_key, keys, scores + map * group.second_map() + r, columns);
@@ -159,6 +151,19 @@ class FewQueries {
       transpose(products);
       for (int64_t lane = 0; lane < here; ++lane)
         store(scores + (j + lane) * kLanes, products[lane]);
+    }
+  }
+
+  void score_by_products(const Group& group, float* const (&queries)[2], const Block (&keys)[2],
+                         int64_t count, float* scores, float* transposed, Ahead& ahead) const {
+    const int64_t width = padded(group.rows());
+    for (int map = 0; map < problem_.maps; ++map) {
+      transpose_rows({queries[map], problem_.head_width}, group.rows(), problem_.head_width, sign(),
+                     transposed, width);
+      gemm<Order::kRows, Update::kOverwrite>(count, width, problem_.head_dim, keys[map].data,
+                                             keys[map].stride, transposed, width,
+                                             scores + map * group.second_map(), group.columns(),
+                                             nullptr, AskFor{ahead});
     }
   }
 
