@@ -1,8 +1,8 @@
 """Whether a candidate computes the operation, by the error rule of the package.
 
 An error is counted in units of what plain torch at the same dtype errs against float64, plus one
-rounding of the largest value. Implementations of rdfkern are held to the limits of its tests; a
-peer is red only where it computes something else.
+rounding of the largest value. Implementations of rdfkern are held to about the limits of its
+tests; a peer is red only where it computes something else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OUTPUT_LIMIT, GRADIENT_LIMIT, PEER_LIMIT = 2.0, 3.0, 10.0
+OUTPUT_LIMIT, PEER_LIMIT = 2.0, 10.0
+# One more than in the tests: with AVX2 only, torch's SDPA errs 3.1 times what eager torch does in
+# the gradients of the tiniest shapes, and `torch` with it.
+GRADIENT_LIMIT = 4.0
 # Each number a sum over all rows or edges that nearly cancels: plain torch may be right by luck.
 SUMS = ("lam", "embedding", "rel")
 SUM_LIMIT = 30.0

@@ -332,7 +332,11 @@ def test_cpu_kernels_on_long_sequences(length, norm, dtype):
         out.backward(upstream.to(compute))
         return {"out": out.detach()} | {n: x.grad for n, x in zip("qkvl", leaves, strict=True)}
 
-    assert_within_budget(run("cpu", dtype), run("torch", dtype), run("torch", torch.float64))
+    results = run("cpu", dtype), run("torch", dtype), run("torch", torch.float64)
+    # The gradient of lam is one sum over all rows that nearly cancels.
+    lam = ({"l": result.pop("l")} for result in results)
+    assert_within_budget(*lam, factor=6.0)
+    assert_within_budget(*results)
 
 
 def test_cpu_kernels_drop_and_differentiate_the_same_entries(temporal_dropout):

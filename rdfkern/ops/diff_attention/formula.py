@@ -21,7 +21,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def dim_of_values(v: Tensor) -> int:
     """Dv of (B, Hkv, Lk, Dv), of (B, Hkv, Lk, P, Dv / P), or of packed (T, Hkv, Dv)."""
-    return v.shape[-1] if v.dim() < 5 else v.shape[-2] * v.shape[-1]
+    return v.shape[-1] if len(v.shape) < 5 else v.shape[-2] * v.shape[-1]
 
 
 def per_row(coefficient: Coefficient, dtype: torch.dtype) -> Coefficient:
