@@ -70,8 +70,7 @@ struct Problem {
   float out_scale, scale;
   int64_t left, right;
   Dropout dropout;
-  int64_t heads, kv_heads, head_dim, value_dim, head_width, value_width;
-  int64_t value_parts, part_dim;
+  int64_t heads, kv_heads, head_dim, value_parts, part_dim, value_dim, head_width, value_width;
   std::vector<Sequence> sequences;
 
   Problem(const Tensor& q1, const Tensor& k1, const std::optional<Tensor>& q2,
@@ -86,12 +85,10 @@ struct Problem {
         norm_eps(norm_eps_), out_scale(float(out_scale_)), scale(float(scale_)), left(left_),
         right(right_), dropout{dropout_p, uint64_t(seed)}, heads(q1.size(1)),
         kv_heads(k1.size(1)), head_dim(q1.size(q1.dim() - 1)),
-        value_dim(1), head_width(padded(head_dim)),
         value_parts(values.dim() == 5 ? values.size(3) : 1),
-        part_dim(values.size(values.dim() - 1)),
+        part_dim(values.size(values.dim() - 1)), value_dim(value_parts * part_dim),
+        head_width(padded(head_dim)), value_width(padded(value_dim)),
         part_stride_(values.dim() == 5 ? values.stride(3) : 0) {
-    value_dim = value_parts * part_dim;
-    value_width = padded(value_dim);
     if (attn_mask) mask.emplace(*attn_mask);
     if (norm_weight_) norm_weight = static_cast<const float*>(norm_weight_->data_ptr());
     if (key_padding_mask) {

