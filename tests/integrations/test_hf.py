@@ -215,6 +215,25 @@ def test_prefill_and_decode_with_caches(implementation, kind, padded, calls):
 
 
 @torch.no_grad()
+def test_decoding_copies_no_values(monkeypatch):
+    """What the attention gets of the values is the memory of the cache."""
+    model, given = build(), []
+    attend = hf.diff_attention
+    monkeypatch.setattr(
+        hf, "diff_attention", lambda *a, **options: (given.append(a[4]), attend(*a, **options))[1]
+    )
+    applied = hf.apply_rdfkern_to_diffllama(model)
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            model(tokens(2, 9), past_key_values=cache)
+            model(tokens(2, 1), past_key_values=cache)
+    finally:
+        applied.undo()
+    memory = {layer.values.untyped_storage().data_ptr() for layer in cache.layers}
+    assert len(given) == 4 and {v.untyped_storage().data_ptr() for v in given} == memory
+
+
 @pytest.mark.parametrize("kind", [None, "static"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}])
 def test_generate_agrees(kind, options, calls):
