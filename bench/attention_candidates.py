@@ -115,8 +115,12 @@ def _run(
         leaves = {name: leaf.detach() for name, leaf in leaves.items()}
     call = torch.compile(peer, dynamic=False) if compiled else peer
 
+    # In every call, as models do that keep values in parts.
+    joins = problem.shape.value_parts > 1 and peer is not peers.four_calls
+
     def forward() -> Tensor:
         tensors = (leaves[name] for name in NAMES)
+        tensors = peers.joined(*tensors) if joins else tensors
         return call(*tensors, leaves["lam"][:, None, None], visible)
 
     return Run(forward, leaves, forward_only=forward_only)
@@ -147,7 +151,7 @@ def _flash(problem: AttentionProblem) -> Run:
     dense = problem.lengths is None
 
     def swap(tensor: Tensor) -> Tensor:
-        return tensor.transpose(1, 2) if dense and tensor.dim() == 4 else tensor
+        return tensor.transpose(1, 2) if dense and tensor.dim() >= 4 else tensor
 
     leaves = fresh({name: swap(t).contiguous() for name, t in problem.inputs.items()})
 

@@ -1,7 +1,7 @@
 """How differential attention is computed without this package.
 
 Every function takes q1, k1, q2, k2, v, lam (H, 1, 1) and `Visible`, and is written as a user of
-torch would write it; `attention_layouts` makes candidates of them.
+torch would write it; `attention_candidates` makes candidates of them.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ def eager(
     return (weights(q1, k1) - lam.to(v.dtype) * weights(q2, k2)) @ v
 
 
+def joined(*tensors: Tensor) -> Iterator[Tensor]:
+    """(B, H, L, D) each, of which a value may come in parts, (B, H, L, P, D / P)."""
+    return (tensor.flatten(3) for tensor in tensors)
+
+
 def two_calls(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tensor, visible: Visible
 ) -> Tensor:
@@ -68,8 +73,11 @@ def two_calls(
 def four_calls(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Tensor, visible: Visible
 ) -> Tensor:
-    """Two SDPA calls for each half of the value, so that its width is the head dim."""
-    halves = v.chunk(2, dim=-1)
+    """Two SDPA calls for each half of the value, so that its width is the head dim.
+
+    The value may come in halves, (B, Hkv, Lk, 2, Dv / 2).
+    """
+    halves = _halves(v)
     first = torch.cat([_sdpa(q1, k1, half, visible) for half in halves], dim=-1)
     second = torch.cat([_sdpa(q2, k2, half, visible) for half in halves], dim=-1)
     return first - lam.to(v.dtype) * second
@@ -186,10 +194,13 @@ def flash_four_calls(
     causal: bool,
     window: tuple[int, int] | None,
 ) -> Tensor:
-    """FlashAttention on (B, L, H, D): a call for each map and half of the value."""
+    """FlashAttention on (B, L, H, D): a call for each map and half of the value.
+
+    The value may come in halves, (B, Lk, Hkv, 2, Dv / 2).
+    """
     flash = flash_attention().flash_attn_func
     options = {"causal": causal, "window_size": window or (-1, -1)}
-    halves = v.chunk(2, dim=-1)
+    halves = _halves(v)
     first = torch.cat([flash(q1, k1, half, **options) for half in halves], dim=-1)
     second = torch.cat([flash(q2, k2, half, **options) for half in halves], dim=-1)
     return first - lam.to(v.dtype) * second
@@ -241,6 +252,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float | None
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _halves(v: Tensor) -> tuple[Tensor, ...]:
+    return v.unbind(3) if v.dim() == 5 else v.chunk(2, dim=-1)
 
 
 def _widen(width: int, *tensors: Tensor) -> Iterator[Tensor]:

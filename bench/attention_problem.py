@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rdfkern
 
-from .attention_peers import NAMES, Visible, eager, in_a_loop
+from .attention_peers import NAMES, Visible, eager, in_a_loop, joined
 from .candidates import Candidate, Run, fresh
 from .conversations import conversations
 from .shapes import BOTH, AttentionShape
@@ -28,7 +28,7 @@ class AttentionProblem:
 
     Attributes:
         lengths: of packed sequences, None if dense.
-        inputs: q1, k1, q2, k2, v, lam.
+        inputs: q1, k1, q2, k2, v, lam; v in parts, (B, Hkv, Lk, P, Dv / P), if the shape has some.
     """
 
     def __init__(
@@ -49,14 +49,18 @@ class AttentionProblem:
             return torch.randn(size, generator=generator).to(device, shape.dtype)
 
         queries, keys, kv_heads = shape.queries, shape.num_keys, shape.num_kv_heads
+        parts = shape.value_parts
         self.inputs = {
             "q1": draw(shape.heads, queries, shape.head_dim),
             "k1": draw(kv_heads, keys, shape.head_dim),
             "q2": draw(shape.heads, queries, shape.head_dim),
             "k2": draw(kv_heads, keys, shape.head_dim),
-            "v": draw(kv_heads, keys, shape.value_dim),
+            "v": draw(kv_heads * parts, keys, shape.value_dim // parts),
             "lam": torch.linspace(0.3, 0.8, shape.heads, device=device),  # [H], float32
         }
+        if parts > 1:
+            # [B, Hkv, Lk, P, Dv / P]
+            self.inputs["v"] = self.inputs["v"].unflatten(1, (parts, -1)).movedim(1, 3)
         self.gradient = draw(shape.heads, queries, shape.value_dim)
         self.checked_gradient, self.rows = self.gradient, queries
         entries = shape.batch * shape.heads * keys
@@ -111,7 +115,8 @@ class AttentionProblem:
         if self.lengths is not None:
             return in_a_loop(eager, self.lengths, *tensors, lam)
         mask = self.mask()
-        return eager(*tensors, lam, Visible(None if mask is None else mask[-self.rows :]))
+        visible = Visible(None if mask is None else mask[-self.rows :])
+        return eager(*joined(*tensors), lam, visible)
 
     def _outcome(
         self, inputs: dict[str, Tensor], attend: Callable[[dict[str, Tensor]], Tensor]

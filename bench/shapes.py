@@ -22,6 +22,8 @@ class AttentionShape:
         conversations: a kind of `bench.conversations`, whose lengths make a packed batch instead
             of `batch` sequences of `queries` and `keys`.
         window: keys on each side that a query sees, or None.
+        value_parts: in how many the value lies in memory, one head after another, as in the cache
+            of a DiffLlama.
         compiled: whether peers are also measured under torch.compile.
         directions: what is measured; decoding has no backward.
     """
@@ -36,6 +38,7 @@ class AttentionShape:
     keys: int | None = None
     head_dim: int = 64
     value_dim: int = 128
+    value_parts: int = 1
     is_causal: bool = False
     window: tuple[int, int] | None = None
     conversations: str | None = None
@@ -61,6 +64,8 @@ class AttentionShape:
         numbers |= {"H": self.heads, "D": self.head_dim, "Dv": self.value_dim}
         if self.num_kv_heads != self.heads:
             numbers["Hkv"] = self.num_kv_heads
+        if self.value_parts > 1:
+            numbers["P"] = self.value_parts
         if self.is_causal:
             numbers["causal"] = True
         if self.window is not None:
@@ -180,6 +185,7 @@ HEADLINE, MORE, SCALE, GPU, TINY = GROUPS
 HALF = torch.bfloat16
 
 _headline = partial(AttentionShape, group=HEADLINE)
+_decode = {"queries": 1, "directions": (FORWARD,)}
 _more = partial(AttentionShape, group=MORE)
 _gpu = partial(AttentionShape, group=GPU, batch=4, heads=16, queries=4096, dtype=HALF)
 _tiny = partial(AttentionShape, group=TINY, heads=2, head_dim=8, value_dim=16)
@@ -194,7 +200,8 @@ ATTENTION_SHAPES = (
     _more("small-d", batch=4, heads=8, queries=512, head_dim=16, value_dim=32),
     _more("large-d", heads=2, queries=1024, head_dim=128, value_dim=256),
     _more("equal-dims", queries=1024, value_dim=64),
-    _more("decode", batch=4, heads=8, kv_heads=2, queries=1, keys=4096, directions=(FORWARD,)),
+    _more("decode", batch=4, heads=8, kv_heads=2, keys=4096, **_decode),
+    _more("decode-parts", heads=16, keys=4096, value_parts=2, **_decode),
     _gpu("gpu-64", compiled=True),
     _gpu("gpu-64-causal", is_causal=True),
     _gpu("gpu-128-causal", heads=8, head_dim=128, value_dim=256, is_causal=True),
@@ -202,10 +209,12 @@ ATTENTION_SHAPES = (
     _gpu("gpu-long", batch=1, heads=8, queries=32_768, is_causal=True),
     _gpu("gpu-gqa", heads=32, kv_heads=8, is_causal=True),
     _gpu("gpu-ragged", heads=8, conversations="dialogues"),
-    _gpu("gpu-decode", batch=8, kv_heads=4, queries=1, keys=8192, directions=(FORWARD,)),
+    _gpu("gpu-decode", batch=8, kv_heads=4, keys=8192, **_decode),
+    _gpu("gpu-decode-parts", batch=8, keys=8192, value_parts=2, **_decode),
     _tiny("tiny", queries=37, head_dim=16, value_dim=32),
     _tiny("tiny-gqa", heads=4, kv_heads=2, queries=20, keys=33, is_causal=True, window=(9, 0)),
     _tiny("tiny-ragged", conversations="few"),
+    _tiny("tiny-parts", keys=300, value_parts=2, **_decode),
 )
 
 _temporal = partial(OneMapShape, op="temporal_diff_attention")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.diff_attention.api import diff_attention, diff_attention_varlen
-from ..ops.diff_attention.formula import difference_of_maps, per_row, repeat_heads
+from ..ops.diff_attention.formula import difference_of_maps, per_row
+from ..ops.heads import repeat_heads
 from ..ops.packing import Packing
 from .attention_masks import translate_masks
 

@@ -109,6 +109,17 @@ LEAD_AND_DEAD = torch.tensor([[True, False, False, True], [True] * 4])
 CASES = {
     "plain": ((2, 2, 2, 3, 3, 2, 4), 0.7, {}),
     "grouped, D above Dv": ((1, 4, 2, 2, 4, 5, 3), rand(4, 1), {"alpha": rand(4, 1, seed=2)}),
+    "grouped, one query": (
+        (2, 4, 2, 1, 5, 3, 2),
+        rand(4, 1),
+        {"is_causal": True, "attn_mask": rand(4, 1, 5, seed=6), "window": (3, -1)},
+    ),
+    "grouped, masks of keys": (
+        (2, 4, 2, 3, 4, 2, 3),
+        0.6,
+        {"key_padding_mask": LEAD_AND_DEAD, "attn_mask": rand(2, 1, 1, 4) > -1},
+    ),
+    "grouped, a mask per head": ((1, 4, 2, 3, 4, 2, 3), 0.6, {"attn_mask": rand(4, 1, 4) > -1}),
     "causal with norm": (
         (1, 2, 1, 4, 4, 2, 3),
         rand(1, 2, 4),
@@ -232,6 +243,28 @@ def test_gradcheck(case, impl):
         assert torch.autograd.gradcheck(run_with_holes, inputs)
         return
     assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize(
+    "lq, options",
+    [
+        (1, {"is_causal": True, "window": (3, -1)}),
+        (1, {"attn_mask": rand(4, 1, 5) > -1}),
+        (6, {"key_padding_mask": LEAD_AND_DEAD[:1].repeat(1, 2)[:, :5]}),
+    ],
+)
+def test_sdpa_gets_the_keys_of_a_group_as_they_are(monkeypatch, lq, options):
+    tensors = qkv((1, 4, 2, lq, 5, 4, 4))
+    memory, attend = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **rest):
+        memory.append((k.data_ptr(), v.data_ptr()))
+        return attend(q, k, v, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    rdfkern.diff_attention(*tensors, 0.5, **options, impl="torch")
+    _, k1, _, k2, v = tensors
+    assert memory == [(k.data_ptr(), v.data_ptr()) for k in (k1, k2)]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

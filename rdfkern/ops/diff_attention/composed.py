@@ -1,10 +1,11 @@
-"""Differential attention as one call of SDPA, without a host sync."""
+"""Differential attention as calls of SDPA, without a host sync."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..heads import repeat_heads
 from ..packing import Packing
 from ..sdpa import masked_sdpa
 from .formula import (
@@ -13,7 +14,6 @@ from .formula import (
     masked_scores,
     normalise_heads,
     per_row,
-    repeat_heads,
     split_mask,
     visible_keys,
 )
@@ -40,8 +40,8 @@ def diff_attention(
     out_scale: float,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Both maps as 2H heads of one SDPA call; the difference and the norm in float32."""
-    heads, compute = q1.shape[1], compute_dtype(v.dtype)
+    """A call of SDPA for each map; the difference and the norm in float32."""
+    compute, v = compute_dtype(v.dtype), v.flatten(3)
     boolean, bias = split_mask(attn_mask)
     # Causal masking alone is left to SDPA, which then needs no Lq x Lk mask.
     sdpa_causal = is_causal and window is None
@@ -54,19 +54,19 @@ def diff_attention(
         window=window,
         device=q1.device,
     )
-    v = repeat_heads(v.flatten(3), heads)
-    k1, k2 = repeat_heads(k1, heads), repeat_heads(k2, heads)
-    both = masked_sdpa(
-        torch.cat([q1, q2], dim=1),
-        torch.cat([k1, k2], dim=1),
-        torch.cat([v, v], dim=1),
-        visible=_for_both_maps(visible),
-        is_causal=sdpa_causal,
-        bias=_for_both_maps(bias),
-        dropout_p=dropout_p,
-        scale=scale,
-    )
-    first, second = both.to(compute).chunk(2, dim=1)  # [B, H, Lq, Dv]
+    first, second = (
+        masked_sdpa(
+            q,
+            k,
+            v,
+            visible=visible,
+            is_causal=sdpa_causal,
+            bias=bias,
+            dropout_p=dropout_p,
+            scale=scale,
+        ).to(compute)
+        for q, k in ((q1, k1), (q2, k2))
+    )  # [B, H, Lq, Dv]
     out = per_row(alpha, compute) * first - per_row(lam, compute) * second
     out = normalise_heads(out, norm_weight, norm_eps, out_scale).to(v.dtype)
     if not return_lse:
@@ -84,7 +84,11 @@ def diff_attention(
     with torch.no_grad():
         normalisers = [
             masked_scores(
-                q.to(compute), k.to(compute), scale=scale, bias=bias, visible=visible
+                q.to(compute),
+                repeat_heads(k, q.shape[1]).to(compute),
+                scale=scale,
+                bias=bias,
+                visible=visible,
             ).logsumexp(dim=-1)
             for q, k in ((q1, k1), (q2, k2))
         ]
@@ -193,12 +197,6 @@ def temporal_diff_attention(
         out = packing.unpad(out.transpose(1, 2))  # [T, H, .]
     out = out.to(compute_dtype(v.dtype)) if merged else difference(out, lam, alpha)
     return normalise_heads(out, norm_weight, norm_eps, out_scale).to(v.dtype)
-
-
-def _for_both_maps(mask: Tensor | None) -> Tensor | None:
-    if mask is None or mask.shape[1] == 1:
-        return mask
-    return torch.cat([mask, mask], dim=1)
 
 
 def _to_dense(packed: Tensor, packing: Packing) -> Tensor:

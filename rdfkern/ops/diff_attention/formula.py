@@ -31,12 +31,6 @@ def per_row(coefficient: Coefficient, dtype: torch.dtype) -> Coefficient:
     return coefficient
 
 
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, Hkv, L, D) to (B, H, L, D): query head h uses kv head h // (H / Hkv)."""
-    repeats = heads // x.shape[1]
-    return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
-
-
 def split_mask(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(boolean mask, additive mask): `attn_mask` is one of them, the other is None.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..heads import repeat_heads
 from ..masks import masked_softmax
 from .formula import (
     Coefficient,
@@ -16,7 +17,6 @@ from .formula import (
     masked_scores,
     normalise_heads,
     per_row,
-    repeat_heads,
     split_mask,
     visible_keys,
 )
