@@ -85,6 +85,15 @@ def test_kernels_refuse_functional_transforms(case):
         assert transform(lambda x: function(x, "reference").sum())(x).isfinite().all()
 
 
+def test_a_graph_keeps_nothing_of_a_transform():
+    graph = new_graph()
+    torch.func.grad(lambda x: rdfkern.relation_conv(x, WEIGHT, graph, impl="reference").sum())(
+        rand(5, 4)
+    )
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    assert not any(wrapped(tensor) for tensor in graph.to_edges())
+
+
 STARTS = torch.tensor([0, 3, 5])
 CALLS = {
     "diff_attention": lambda x, graph, impl: rdfkern.diff_attention(
@@ -114,11 +123,10 @@ def test_compiled_code_may_give_a_tensor_twice(call, impl):
     reason = rdfkern.available_backends(call)[impl]
     if reason is not None:
         pytest.skip(reason)
-    graph = new_graph()  # without what it kept under a transform of torch.func
     x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
 
     def attend(x):
-        return CALLS[call](x, graph, impl)
+        return CALLS[call](x, GRAPH, impl)
 
     def outcome(attend):
         out = attend(x)

@@ -133,7 +133,7 @@ class RelationGraph:
             return self._derived[key]
         with torch.inference_mode(False):  # what is made there cannot be saved for a backward pass
             derived = build(self)
-        if not torch.compiler.is_exporting():  # which makes tensors without values
+        if may_be_kept():
             self._derived[key] = derived
         return derived
 
@@ -143,6 +143,15 @@ class RelationGraph:
             f"RelationGraph({kind}, num_src={self.num_src}, num_dst={self.num_dst}, "
             f"num_relations={self.num_relations}, device={self.device})"
         )
+
+
+def may_be_kept() -> bool:
+    """Whether tensors that are made now mean anything later.
+
+    torch.export makes them without values, and transforms of torch.func wrap them.
+    """
+    transformed = torch._C._are_functorch_transforms_active()
+    return not (torch.compiler.is_exporting() or transformed)
 
 
 def _edges_of_rule(graph: RelationGraph) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import tables
-from .graph import RelationGraph, check_integer_dtype
+from .graph import RelationGraph, check_integer_dtype, may_be_kept
 
 _INT32_MAX = 2**31 - 1  # kernels read the table as int32
 
@@ -80,7 +80,7 @@ class RelationSpec:
         if device in self._tables:
             return self._tables[device]
         table = self.table.to(device, torch.int32)
-        if not torch.compiler.is_exporting():  # which makes tensors without values
+        if may_be_kept():
             self._tables[device] = table
         return table
 
